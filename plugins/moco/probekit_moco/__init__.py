@@ -1,0 +1,1 @@
+"""MoCo v3 Vision Transformers for probekit."""

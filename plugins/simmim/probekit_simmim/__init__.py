@@ -1,0 +1,1 @@
+"""SimMIM's Vision Transformer for probekit."""

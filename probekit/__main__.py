@@ -1,0 +1,5 @@
+"""``python -m probekit``."""
+
+from probekit.cli.app import run_main
+
+run_main()

@@ -1,0 +1,194 @@
+"""The folder of a run: where everything is, and what a cell is made of. Reads without torch.
+
+    run.json                                  the grid, versions, host
+    cells/<model>/<dataset>/cell.json         identity: weights, images, preprocessing, dtype, anatomy
+    cells/<model>/<dataset>/traces/<metric>-v1[-<options>]/all/rows.json, shard-00017.h5
+    cells/<model>/<dataset>/results/<metric>[-<options>].nc
+    cells/<model>/<dataset>/outcomes/<metric>[-<options>].json
+    report.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from probekit.errors import StoreError
+from probekit.metric import Row, Traces
+from probekit.names import slug
+from probekit.shards import canonical_json, shard_problem
+from probekit.store import read_json, read_shard, seal_json, shard_name, shard_ranges
+
+FORMAT_VERSION = 1
+SPLIT = "all"
+
+Status = Literal["done", "failed", "does not apply", "unfinished"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a metric ended on one cell."""
+
+    status: Status
+    reason: str = ""
+    hint: str = ""
+    details: str = ""
+    pack: str = ""
+    version: str = ""
+    images: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """One model on one dataset, on disk."""
+
+    root: Path
+    model: str
+    dataset: str
+
+    @property
+    def path(self) -> Path:
+        return self.root / "cells" / slug(self.model) / slug(self.dataset)
+
+    def trace(self, metric: str, version: int) -> Path:
+        name, *options = metric.rpartition("/")[2].split(":", 1)
+        return self.path / "traces" / slug(":".join((f"{name}-v{version}", *options))) / SPLIT
+
+    def result(self, metric: str) -> Path:
+        return self.path / "results" / f"{slug(metric)}.nc"
+
+    def _outcome(self, metric: str) -> Path:
+        return self.path / "outcomes" / f"{slug(metric)}.json"
+
+    def read(self) -> dict[str, Any] | None:
+        """cell.json, or None before the cell has begun."""
+        path = self.path / "cell.json"
+        return read_json(path, "cell", FORMAT_VERSION) if path.exists() else None
+
+    def write(self, content: Mapping[str, Any]) -> None:
+        seal_json(self.path / "cell.json", {"format_version": FORMAT_VERSION, **content})
+
+    def outcome(self, metric: str) -> Outcome:
+        path = self._outcome(metric)
+        if not path.exists():
+            return Outcome("unfinished")
+        found = read_json(path, "outcome", FORMAT_VERSION)
+        return Outcome(**{k: v for k, v in found.items() if k in Outcome.__dataclass_fields__})
+
+    def end(self, metric: str, outcome: Outcome) -> None:
+        seal_json(self._outcome(metric), {"format_version": FORMAT_VERSION, "metric": metric, **asdict(outcome)})
+
+    def forget(self, metric: str) -> None:
+        self._outcome(metric).unlink(missing_ok=True)
+
+
+def identity_hash(identity: Mapping[str, Any]) -> str:
+    """What a shard says it belongs to: weights, images, preprocessing and dtype in one short text."""
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()[:16]
+
+
+def require_same(folder: CellFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise `StoreError` when a cell's inputs aren't what its folder was made from."""
+    for key in now:
+        if canonical_json(before.get(key)) != canonical_json(now[key]):
+            raise StoreError(
+                f"'{folder.path}' was made with another '{key}': {_short(before.get(key))}, now {_short(now[key])}",
+                hint="use another folder with `--out`",
+            )
+
+
+def _short(value: Any) -> str:
+    text = canonical_json(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True)
+class TraceFolder:
+    """The shards of one metric on one cell."""
+
+    path: Path
+    identity: Mapping[str, Any]
+    images: int
+    per_shard: int
+
+    @property
+    def ranges(self) -> list[range]:
+        return shard_ranges(self.images, self.per_shard)
+
+    def shard(self, index: int) -> Path:
+        return self.path / shard_name(index)
+
+    def expected(self, index: int) -> dict[str, Any]:
+        r = self.ranges[index]
+        return {**self.identity, "start": r.start, "stop": r.stop}
+
+    def missing(self, *, verify: bool = True) -> tuple[list[int], list[str]]:
+        """Shards still to be measured, and what is wrong with those that exist but can't be kept."""
+        wanted, problems = [], []
+        for index in range(len(self.ranges)):
+            problem = shard_problem(self.shard(index), self.expected(index), verify=verify)
+            if problem is None and self.rows() is not None:
+                continue
+            wanted.append(index)
+            if problem is not None and self.shard(index).exists():
+                problems.append(problem)
+        return wanted, problems
+
+    def rows(self) -> dict[str, Any] | None:
+        path = self.path / "rows.json"
+        return read_json(path, "trace", FORMAT_VERSION) if path.exists() else None
+
+    def write_rows(self, rows: Sequence[Row], constants: Mapping[str, np.ndarray], reasons: Mapping[str, str]) -> None:
+        content = {
+            "format_version": FORMAT_VERSION,
+            "rows": [asdict(row) for row in rows],
+            "constants": {name: _listed(value) for name, value in constants.items()},
+            "reasons": dict(reasons),
+        }
+        seal_json(self.path / "rows.json", content)
+
+    def read(self, ids: Sequence[str], labels: Sequence[int] | None, seed: int) -> Traces:
+        """All shards in dataset order."""
+        about = self.rows()
+        shards = [read_shard(self.shard(i)) for i in range(len(self.ranges))]
+        full = [s.arrays for s in shards if len(s.arrays["index"])]
+        names = [n for n in full[0] if n.startswith("values/")] if full else []
+        values = {n.removeprefix("values/"): np.concatenate([a[n] for a in full]) for n in names}
+        kept = np.concatenate([s.arrays["index"] for s in shards])
+        rows = [Row(**{**r, "grid": tuple(r["grid"]), "stride": _floats(r["stride"])}) for r in about["rows"]]
+        constants = {name: np.asarray(_floats(v), dtype=np.float64) for name, v in about["constants"].items()}
+        return Traces(
+            values,
+            rows,
+            [ids[i] for i in kept],
+            [labels[i] for i in kept] if labels is not None else None,
+            constants,
+            seed,
+        )
+
+    def bad_images(self) -> list[dict[str, Any]]:
+        """Images that could not be read, from every shard that exists."""
+        found = []
+        for index in range(len(self.ranges)):
+            if self.shard(index).exists():
+                found += read_shard(self.shard(index), []).attrs.get("bad", [])
+        return found
+
+
+def _listed(value: np.ndarray) -> Any:
+    """Numbers as JSON; NaN as null, which JSON has."""
+    if isinstance(value, np.ndarray):
+        return [_listed(v) for v in value] if value.ndim else _listed(value.item())
+    return None if isinstance(value, float) and np.isnan(value) else float(value)
+
+
+def _floats(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_floats(v) for v in value)
+    return float("nan") if value is None else value

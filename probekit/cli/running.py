@@ -1,0 +1,200 @@
+"""``probekit run``: the grid, with live progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from probekit.cli import state
+
+if TYPE_CHECKING:
+    from probekit.run import Event, Forecast
+    from probekit.runfolder import Run
+
+
+def register(app: typer.Typer) -> None:
+    """Adds ``run`` to the command line."""
+    app.command("run")(run_command)
+
+
+def run_command(
+    grid: Annotated[Path | None, typer.Argument(metavar="[GRID.yaml|GRID.toml]", help="A grid file.", show_default=False)] = None,
+    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="NAME[:VARIANT][@WEIGHTS]; repeat for more.")] = None,
+    metrics: Annotated[list[str] | None, typer.Option("--metrics", help="NAME[:option=value], commas, globs, !name or all.")] = None,
+    dataset: Annotated[list[str] | None, typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Use this many images, evenly spaced.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Measure captured activations instead of a model.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 forward passes.")] = None,
+    image_size: Annotated[str | None, typer.Option(help="224 or 224x448 (rows x columns).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of random weights and of intervals.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes that decode images.")] = None,
+    on_bad_image: Annotated[str | None, typer.Option(help="skip (and list them) or fail.")] = None,
+    allow_unwatched: Annotated[bool, typer.Option("--allow-unwatched", help="Leave out attention that can't be watched.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> int:
+    """Measure models x metrics x datasets; the same command again does what is missing.
+
+    \b
+    Examples:
+      probekit run --model moco:vit-b16@random --metrics all --dataset folder:photos --limit 64
+      probekit run --model simmim:vit-b16@/data/simmim.pth --metrics nmi,fourier --dataset folder:val
+      probekit run grid.yaml --out runs/paper --device cuda --dtype bfloat16
+      probekit run --replay captures/moco --metrics nmi
+
+    \b
+    A grid file:
+      models: [moco:vit-b16, simmim:vit-b16@/data/simmim.pth]
+      metrics: [attention_distance, {nmi: {compat: cl-vs-mim}}]
+      datasets: [folder:/data/imagenet/val]
+      limit: 1000
+    """
+    from probekit.errors import UsageError
+    from probekit.grid import make_grid, parse_size, read_grid, resolve
+    from probekit.runfolder import choose_folder
+
+    given = {
+        "models": model, "metrics": metrics, "datasets": dataset, "limit": limit, "batch_size": batch_size, "device": device,
+        "dtype": dtype, "image_size": parse_size(image_size) if image_size else None, "seed": seed, "workers": workers,
+        "on_bad_image": on_bad_image, "allow_unwatched": allow_unwatched or None,
+    }  # fmt: skip
+    given = {key: value for key, value in given.items() if value is not None}
+    catalog = state.catalog()
+    if replay is not None:
+        from probekit.replay import replay as measure_capture
+
+        if set(given) - {"metrics"} or grid is not None or dry_run:
+            raise UsageError("--replay takes only --metrics and --out: the capture holds everything else")
+        folder = out or Path("runs") / f"replay-{replay.resolve().name}"
+        with _shown(as_json, 1) as listen:
+            run = measure_capture(replay, metrics or ["all"], catalog, folder, listen)
+        return _closing(run, catalog, listen, as_json)
+    resolved = resolve(read_grid(grid, **given) if grid else make_grid(given, "the command"), catalog)
+    folder, resumed = (out, out.exists()) if out is not None else choose_folder(resolved)
+    counts = [_count(len(resolved.models), "model"), _count(len(resolved.metrics), "metric"), _count(len(resolved.datasets), "dataset")]
+    if dry_run:
+        from probekit.run import forecast
+
+        return _dry_run(forecast(resolved, catalog, folder), folder, " x ".join(counts), as_json)
+    if not as_json:
+        typer.echo(f"  {' x '.join(counts)}: {folder}{' (continued)' if resumed else ''}")
+        for entry in resolved.models:
+            if entry.spec.published_as:
+                typer.echo(f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.published_as}")
+    from probekit.run import execute
+
+    with _shown(as_json, len(resolved.models) * len(resolved.datasets)) as listen:
+        run = execute(resolved, catalog, folder, listen)
+    return _closing(run, catalog, listen, as_json)
+
+
+def _count(n: int, noun: str) -> str:
+    return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+class _Listener:
+    """Shows a run's events: a progress bar per cell on a terminal, lines elsewhere, nothing for ``--json``."""
+
+    def __init__(self, progress: Any):
+        self.progress = progress
+        self.errors: list[Any] = []
+        self._task: Any = None
+
+    def say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "cell-failed":
+            self.errors.append(event.error)
+            self.say(f"  {event.model}: failed: {event.text}")
+        if self.progress is None:
+            return
+        name = f"{event.model} x {event.dataset}"
+        if event.kind == "cell":
+            label = name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}"
+            self._task = self.progress.add_task(label, total=event.total, completed=event.done, start=True)
+            self._base = event.done
+            self.progress.update(self._task, base=event.done)
+        elif event.kind == "images":
+            self.progress.advance(self._task, event.done)
+        elif event.kind == "warning":
+            self.say(f"  note: {event.metric or event.model}: {event.text}")
+        elif event.kind == "metric" and event.outcome.status != "done":
+            self.say(f"  {event.metric} on {event.model}: {event.outcome.status}: {event.outcome.reason}")
+
+
+@contextmanager
+def _shown(quiet: bool, cells: int) -> Iterator[_Listener]:
+    if quiet:
+        yield _Listener(None)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Any) -> Text:
+            done = task.completed - task.fields.get("base", 0)
+            elapsed = task.finished_time if task.finished else task.elapsed
+            return Text(f"{done / elapsed:.0f} img/s" if done and elapsed else "", style="dim")
+
+    columns = [TextColumn("  {task.description}", markup=False), BarColumn(18), MofNCompleteColumn(), Rate(), TimeRemainingColumn(compact=True)]
+    with Progress(*columns, console=Console(file=sys.stderr if not sys.stdout.isatty() else None)) as progress:
+        yield _Listener(progress)
+
+
+def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) -> int:
+    from dataclasses import asdict
+
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "cells": [asdict(f) for f in found]}, indent=2))
+        return 0
+    from probekit.shards import human_bytes
+
+    passes = sum(f.remaining > 0 for f in found)
+    seconds = sum(f.seconds for f in found)
+    typer.echo(f"  {counts}: {_count(passes, 'pass').replace('passs', 'passes')}, about {_duration(seconds)}, {human_bytes(sum(f.bytes for f in found))} kept in {folder}")
+    for f in found:
+        typer.echo(f"  {f.model} x {f.dataset}")
+        typer.echo(f"    {f.remaining} of {f.images} images to measure: {', '.join(f.metrics) or 'nothing'}")
+        if f.skipped:
+            typer.echo(f"    already there: {', '.join(f.skipped)}")
+    return 0
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+def _closing(run: Run, catalog: Any, listen: _Listener, as_json: bool) -> int:
+    """The report, the counts, the exit code."""
+    cells = list(run.cells())
+    by_status: dict[str, list[Any]] = {}
+    for cell in cells:
+        by_status.setdefault(cell.outcome.status, []).append(cell)
+    report = catalog.resolve_target(catalog.report("html"))(run, run.path / "report.html")
+    if as_json:
+        listed = [{"model": c.model, "dataset": c.dataset, "metric": c.metric, "status": c.outcome.status, "reason": c.outcome.reason} for c in cells]
+        typer.echo(json.dumps({"folder": str(run.path), "report": str(report), "cells": listed}, indent=2))
+    else:
+        parts = [f"{_count(len(found), 'cell')} {status}" for status, found in by_status.items() if status != "does not apply"]
+        for cell in by_status.get("does not apply", []):
+            parts.append(f"1 does not apply ({cell.metric}: {cell.outcome.reason})")
+        typer.echo(f"  {', '.join(parts)}")
+        typer.echo(f"  {report}")
+    if listen.errors and "done" not in by_status:
+        raise listen.errors[0]
+    return 1 if by_status.get("failed") else 0

@@ -1,0 +1,251 @@
+"""What a dataset is: ordered images with ids, maybe labels, and a fingerprint. Subclass `Dataset`."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable, Iterator, Sequence
+from typing import BinaryIO
+
+import numpy as np
+import xxhash
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from probekit.errors import DataError, PluginError, UsageError
+
+# Containers Pillow only stubs, or hands to another program: not something to probe a network with.
+BLOCKED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"})
+
+# What `Dataset.image` may raise for one bad image. Anything else is a fault of the dataset's own code.
+UNREADABLE = (DataError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class BadImage(DataError):
+    """One image of a dataset can't be used; the others can. `reason` is the cause alone."""
+
+    def __init__(self, id: str, reason: str, *, hint: str | None = None):
+        super().__init__(f"image {id!r} can't be used: {reason}", hint=hint)
+        self.id = id
+        self.reason = reason
+
+    def __reduce__(self):
+        return _rebuild_bad_image, (self.id, self.reason, self.hint)
+
+
+def _rebuild_bad_image(id: str, reason: str, hint: str | None) -> BadImage:
+    return BadImage(id, reason, hint=hint)
+
+
+class Dataset:
+    """Ordered images. A subclass gives `name`, `ids` and `image`; the rest has defaults.
+
+    Complete, in eight lines::
+
+        class Greys(Dataset):
+            name = "greys"
+            ids = [f"grey-{value}" for value in range(0, 256, 32)]
+            labels = [int(value >= 128) for value in range(0, 256, 32)]
+            classes = ["dark", "light"]
+
+            def image(self, index):
+                return Image.new("RGB", (64, 64), (32 * index,) * 3)
+
+    With several workers `image` is called in forked (or, off Linux, unpickled) copies of the object:
+    open archives and HDF5 files inside `image`, once a process, not in ``__init__``.
+    """
+
+    name: str
+    ids: Sequence[str]
+    """One name an image, unique, stable between machines (no absolute paths)."""
+    labels: Sequence[int] | None = None
+    """One class number an image, or None."""
+    classes: Sequence[str] | None = None
+    """Names of the class numbers, or None."""
+    notes: Sequence[str] = ()
+    """What a reader should know about how the images were found; shown before a run and in the report."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> Image.Image:
+        """The image at `index`, in any mode (it goes through `to_rgb` afterwards).
+
+        Raises `DataError` (better: `BadImage`) for an image that can't be read.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.image")
+
+    def fingerprint(self, indices: Sequence[int]) -> str:
+        """32 hex digits that change when a listed image's id, label or pixels do, or their order.
+
+        This default decodes every listed image; override it where hashing files is cheaper. An image
+        that can't be read counts as such, so that repairing it changes the fingerprint.
+        """
+        return combine(self, indices, (self._pixels(index) for index in indices))
+
+    def _pixels(self, index: int) -> bytes:
+        try:
+            image = self.image(index)
+            if "P" in image.mode:  # the same indices with another palette are another image
+                image = image.convert("RGBA")
+            digest = xxhash.xxh3_128(f"{image.mode} {image.size}".encode())
+            digest.update(image.tobytes())
+        except UNREADABLE as error:
+            if is_shortage(error):
+                raise
+            return b"unreadable"
+        return digest.digest()
+
+    def check(self) -> None:
+        """Raise `PluginError` where the parts contradict each other; the engine calls it once."""
+        name = getattr(self, "name", None)
+        if not isinstance(name, str) or not name:
+            raise PluginError(f"dataset class {type(self).__name__!r} has no 'name'")
+        if getattr(self, "ids", None) is None:
+            raise PluginError(f"dataset {name!r} has no 'ids'")
+        ids = list(self.ids)
+        if not all(isinstance(id, str) for id in ids):
+            raise PluginError(f"dataset {name!r} has ids that are not strings")
+        if len(set(ids)) != len(ids):
+            seen: set[str] = set()
+            twice = next(id for id in ids if id in seen or seen.add(id))
+            raise PluginError(f"dataset {name!r} has the id {twice!r} more than once")
+        if self.labels is None:
+            return
+        if len(self.labels) != len(ids):
+            raise PluginError(f"dataset {name!r} has {len(ids)} ids but {len(self.labels)} labels")
+        if self.classes is not None and ids:
+            low, high = min(self.labels), max(self.labels)
+            if low < 0 or high >= len(self.classes):
+                wrong = low if low < 0 else high
+                raise PluginError(f"dataset {name!r} has label {wrong} but {len(self.classes)} classes")
+
+
+def select(total: int, limit: int | None) -> list[int]:
+    """The indices a run with ``--limit`` uses: ``floor(i * total / limit)``, evenly spaced.
+
+    No randomness: the same numbers everywhere. In a dataset ordered by class each class gets its share
+    to within one image. A limit of None or beyond `total` selects everything.
+    Raises `UsageError` for a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise UsageError(f"a limit of {limit} images selects nothing", hint="give --limit 1 or more")
+    if limit is None or limit >= total:
+        return list(range(total))
+    return [i * total // limit for i in range(limit)]
+
+
+def combine(dataset: Dataset, indices: Sequence[int], contents: Iterable[bytes]) -> str:
+    """The fingerprint of `indices` in order, from each one's id, label and content digest: 32 hex digits.
+
+    Fields carry their length, so that no two different lists give the same stream of bytes.
+    """
+    digest = xxhash.xxh3_128(b"probekit dataset 1")
+    for index, content in zip(indices, contents, strict=True):
+        label = b"" if dataset.labels is None else str(int(dataset.labels[index])).encode()
+        for field in (dataset.ids[index].encode("utf-8", "surrogatepass"), label, content):
+            digest.update(len(field).to_bytes(8, "little"))
+            digest.update(field)
+    return digest.hexdigest()
+
+
+def decode(file: BinaryIO, id: str) -> Image.Image:
+    """Read an open image file into an RGB image in memory (`to_rgb`); of several frames, the first.
+
+    EXIF orientation is ignored on purpose: the ImageNet loaders of torchvision, timm and the papers
+    ignore it, and the published numbers were measured that way. (TIFF is the exception: Pillow itself
+    turns a TIFF when it loads it.)
+    Raises `BadImage` for an empty, truncated, damaged or unknown file and for a decompression bomb.
+    """
+    strict, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:
+        image = Image.open(file, formats=_formats())
+        image.load()
+        rgb = to_rgb(image)
+        # a plain image: the decoder's object would keep its (closed) file and could not be pickled
+        return rgb.copy() if rgb is image else rgb
+    except DataError as error:
+        raise BadImage(id, error.message) from error
+    except (Exception, Image.DecompressionBombWarning) as error:  # decoders raise nearly anything
+        if is_shortage(error):
+            raise
+        raise BadImage(id, decode_failure(error, file)) from error
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = strict
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether the machine, not the image, is at fault: out of memory or of file handles."""
+    if isinstance(error, OSError):
+        return error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+    return isinstance(error, MemoryError)
+
+
+def decode_failure(error: BaseException, file: BinaryIO | None = None) -> str:
+    """One clause on why an image could not be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        if file is not None and not file.closed and file.seek(0, 2) == 0:
+            return "the file is empty"
+        return "not an image that Pillow can identify"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return "it has so many pixels that it may be a decompression bomb"
+    text = " ".join(str(error).split())
+    if "truncated" in text.lower():
+        return "the file is truncated"
+    return f"the file is damaged ({text or type(error).__name__})"
+
+
+def openable() -> Iterator[tuple[str, str]]:
+    """(suffix, format) of everything this Pillow can read, with the plugins registered so far."""
+    for suffix, name in Image.registered_extensions().items():
+        if name in Image.OPEN and name not in BLOCKED_FORMATS:
+            yield suffix.lower(), name
+
+
+def _formats() -> list[str]:
+    Image.init()
+    return [name for name in Image.ID if name not in BLOCKED_FORMATS]
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """`image` as 8-bit RGB, the same object when it is RGB already.
+
+    - alpha is dropped, not composited, like ImageFolder's ``convert("RGB")`` (LA, RGBA, PA, P with
+      transparency in any form);
+    - 1-bit, grey, palette, CMYK, YCbCr, HSV, LAB as Pillow converts them (no colour management);
+    - 16-bit grey is divided by 257 and rounded, where Pillow's own conversion may clip at 255;
+    - 32-bit integers (I) are 8-bit when all are within 0..255, else 16-bit within 0..65535; a 16-bit
+      PNG or PNM that Pillow gives as I is always 16-bit;
+    - floats (F) are brightness 0..1 when all are within it, else 0..255.
+    Raises `DataError` (the cause alone) for values outside these ranges or not finite.
+    """
+    mode = image.mode
+    if mode == "RGB":
+        return image
+    if mode.startswith("I") or mode == "F":
+        return _grey(image).convert("RGB")
+    if mode == "La":  # premultiplied: Pillow converts it to LA only
+        image = image.convert("LA")
+    if "transparency" in image.info:  # Pillow warns about, or trips over, some forms of it
+        image = image.copy()
+        del image.info["transparency"]
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise DataError(f"its mode {mode!r} has no conversion to RGB") from error
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    if image.mode == "F":
+        if not np.isfinite(values).all():
+            raise DataError("it holds values that are not finite")
+        low, high = float(values.min()), float(values.max())
+        if low < 0 or high > 255:
+            raise DataError(f"its floating-point values run from {low:g} to {high:g}, not 0..1 or 0..255")
+        grey = values.astype(np.float64) * (255 if high <= 1 else 1)
+        return Image.fromarray(np.rint(grey).astype(np.uint8))
+    low, high = int(values.min()), int(values.max())
+    if low < 0 or high > 65535:
+        raise DataError(f"its integer values run from {low} to {high}, not 0..255 or 0..65535")
+    sixteen = image.mode != "I" or high > 255 or getattr(image, "format", None) in ("PNG", "PPM")
+    values = values.astype(np.uint32)
+    return Image.fromarray(((values + 128) // 257 if sixteen else values).astype(np.uint8))

@@ -1,0 +1,182 @@
+"""One pass: batches of images go through a watched model; every metric measures every layer on the way."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.errors import DoesNotApply, MetricError, ProbekitError, UsageError
+from probekit.layer import Layer
+from probekit.metric import Metric, Row
+from probekit.watch import Visitor, Watcher
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a metric has no result here: one sentence, and the traceback for whoever wrote it."""
+
+    message: str
+    details: str = ""
+
+
+@dataclass
+class Collector:
+    """Gathers one metric's values over a pass.
+
+    rows:      the result's layer axis
+    constants: what `Metric.describe` said, ``{name: (rows, ...)}``, complete after the first batch
+    reasons:   rows the metric has no meaning for, with why
+    failure:   set when the metric broke its contract; from then on it is left out
+    """
+
+    metric: Metric
+    rows: Sequence[Row]
+    failure: Failure | None = None
+    reasons: dict[str, str] = field(default_factory=dict)
+    _described: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def visitor(self) -> Visitor:
+        return Visitor(frozenset(self.metric.needs), self._visit)
+
+    @property
+    def constants(self) -> dict[str, np.ndarray]:
+        names = dict.fromkeys(name for found in self._described.values() for name in found)
+        return {
+            name: _stack([self._described.get(row.label, {}).get(name) for row in self.rows]) for name in names
+        }
+
+    @property
+    def applies(self) -> bool:
+        return len(self.reasons) < len(self.rows)
+
+    def _visit(self, layer: Layer) -> None:
+        label = layer.row.label
+        if self.failure is not None or label in self.reasons:
+            return
+        try:
+            views = [layer] if self.metric.windows == "own" or "tokens" in self.metric.needs else layer.windows()
+            if label not in self._described:
+                self._described[label] = _described(self.metric, views)
+            self._values[label] = self._measured(views, layer)
+        except DoesNotApply as reason:
+            self.reasons[label] = reason.message
+        except ProbekitError as error:
+            self.failure = Failure(f"{error.message} (at '{label}')")
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            text = f"it raised {type(error).__name__} at '{label}': {error}"
+            self.failure = Failure(text, traceback.format_exc())
+
+    def _measured(self, views: Sequence[Layer], layer: Layer) -> dict[str, Tensor]:
+        total: dict[str, Tensor] = {}
+        for view in views:
+            values = self.metric.measure(view)
+            self._check(values, view)
+            for name, value in values.items():
+                if view is not layer:
+                    value = view.unfold(value.float()).mean(1) * view.window_share
+                total[name] = total[name] + value if name in total else value
+        return total
+
+    def _check(self, values: Any, layer: Layer) -> None:
+        dims = self.metric.dims
+        if not isinstance(values, Mapping) or set(values) != set(dims):
+            got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+            raise MetricError(f"'measure' returned {got}, but 'dims' declares {sorted(dims)}")
+        for name, value in values.items():
+            if not isinstance(value, Tensor):
+                raise MetricError(f"'measure' returned a {type(value).__name__} for '{name}', not a tensor")
+            if value.dim() != 1 + len(dims[name]) or len(value) != layer.batch:
+                axes = ", ".join(("image", *dims[name]))
+                raise MetricError(
+                    f"'{name}' has shape {tuple(value.shape)} for {layer.batch} images; 'dims' says ({axes})"
+                )
+            if "head" in dims[name] and value.shape[1 + dims[name].index("head")] != layer.heads:
+                raise MetricError(f"'{name}' has shape {tuple(value.shape)}, but the layer has {layer.heads} heads")
+
+    def take(self, batch: int) -> dict[str, np.ndarray]:
+        """This batch's values, ``{name: (batch, rows, *dims)}`` float32, NaN where a row has none."""
+        found = {}
+        for name in self.metric.dims:
+            arrays = [
+                self._values[row.label][name].detach().float().cpu().numpy() if row.label in self._values else None
+                for row in self.rows
+            ]
+            for row, array in zip(self.rows, arrays, strict=True):
+                if array is not None and not np.isfinite(array).all() and self.failure is None:
+                    what = "NaN" if np.isnan(array).any() else "infinity"
+                    self.failure = Failure(f"'{name}' is {what} at '{row.label}'")
+            found[name] = np.moveaxis(_stack(arrays, (batch, *(0,) * len(self.metric.dims[name]))), 0, 1)
+        self._values.clear()
+        return found
+
+
+def _described(metric: Metric, views: Sequence[Layer]) -> dict[str, Any]:
+    """`describe` of a layer; of a windowed one, the mean over its windows."""
+    found = [dict(metric.describe(view)) for view in views]
+    if len(found) == 1:
+        return found[0]
+    shares = [view.window_share for view in views]
+    return {n: sum(np.asarray(d[n]) * share for d, share in zip(found, shares, strict=True)) for n in found[0]}
+
+
+def _stack(values: Sequence[Any], empty: tuple[int, ...] = ()) -> np.ndarray:
+    """Rows of unequal length side by side, NaN where one has none."""
+    arrays = [np.asarray(v, dtype=np.float32) if v is not None else None for v in values]
+    shapes = [a.shape for a in arrays if a is not None] or [empty]
+    out = np.full((len(arrays), *(max(sizes) for sizes in zip(*shapes, strict=True))), np.nan, dtype=np.float32)
+    for number, array in enumerate(arrays):
+        if array is not None:
+            out[(number, *(slice(0, n) for n in array.shape))] = array
+    return out
+
+
+def pick_device(asked: str) -> torch.device:
+    """``auto`` is the first of CUDA, Apple's GPU and the CPU. Raises `UsageError` for what isn't there."""
+    if asked == "auto":
+        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UsageError(f"device '{asked}' can't be used: {reason}", hint="--device auto") from error
+    return device
+
+
+@contextmanager
+def numerics(device: torch.device, dtype: str) -> Iterator[None]:
+    """Forward passes in `dtype` (autocast below float32), denormals flushed, both put back afterwards.
+
+    Swin's mask of -100 makes probabilities denormal, which slows products with them 50 times on a CPU.
+    """
+    flushed = float(torch.tensor([1e-39]) * 0.5) == 0.0
+    torch.set_flush_denormal(True)
+    try:
+        with torch.autocast(device.type, dtype=DTYPES[dtype], enabled=dtype != "float32"):
+            yield
+    finally:
+        torch.set_flush_denormal(flushed)
+
+
+def measure_batch(watcher: Watcher, pixels: Tensor, collectors: Sequence[Collector]) -> list[dict[str, np.ndarray]]:
+    """Forward one batch and return each collector's values; those of a failed metric are of no use."""
+    watcher.run(pixels, [c.visitor for c in collectors if c.failure is None])
+    return [c.take(len(pixels)) for c in collectors]
+
+
+def collector(metric: Metric, watcher: Watcher) -> Collector:
+    """A collector for a metric, its layer axis taken from the watched model."""
+    return Collector(metric, watcher.site_rows() if "tokens" in metric.needs else watcher.layer_rows())

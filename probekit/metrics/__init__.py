@@ -1,0 +1,1 @@
+"""The paper's metrics; each is registered in `probekit.builtins`."""

@@ -1,0 +1,62 @@
+"""How far each head looks, in pixels (Park et al., ICLR 2023, Fig. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from probekit.metric import Metric
+from probekit.metrics.compat import official
+
+if TYPE_CHECKING:
+    from probekit.layer import Layer
+
+
+class AttentionDistance(Metric):
+    """(1/N) sum over queries q and keys k of a[q, k] D[q, k], D in pixels of the network's input.
+
+    a: attention among patch tokens, prefix dropped; `renormalise` makes its rows sum to 1, as the paper's
+       code does. Without it (probing-vits, Dosovitskiy et al., Raghu et al.) a query's distance is lower by
+       the share of attention it gives to prefix tokens.
+    D: Euclidean distance between token centres; in windowed attention between their true places.
+
+    The published code agrees: what it adds to the attention (1e-32) vanishes in float32.
+    """
+
+    name = "attention_distance"
+    needs = frozenset({"attention_stats"})
+    dims: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention_distance": ("head",)}
+    units: ClassVar[Mapping[str, str]] = {"attention_distance": "px"}
+    figure = "Fig. 3"
+
+    def __init__(self, compat: str = "", renormalise: bool = True):
+        super().__init__(compat=compat, renormalise=renormalise)
+        official(compat)
+        self.renormalise = renormalise
+        self.needs = frozenset({"attention_stats" if renormalise else "attention_full"})
+        self.conventions = {
+            "definition": "Park et al. 2023, Fig. 3"
+            if renormalise
+            else "probing-vits, Dosovitskiy et al. 2021",
+            "prefix": "dropped from queries and keys",
+            "renormalised": renormalise,
+            "averaging": "keys, then queries; per image and head",
+            "eps": 0.0,
+            "distance": "Euclidean, token centres, pixels of the network's input",
+        }
+
+    def measure(self, layer: Layer) -> Mapping[str, Tensor]:
+        """(B, H) px."""
+        if self.renormalise:
+            return {"attention_distance": layer.attention_stats.distance.float()}
+        a = layer.attention_full[:, :, layer.prefix :, layer.prefix :]
+        return {"attention_distance": (a * layer.distances).sum(-1).mean(-1)}
+
+    def describe(self, layer: Layer) -> Mapping[str, float]:
+        """`uniform`: the distance of attention that is equal over all keys, of the window where there are any.
+
+        In px. It is not the largest possible; late layers of contrastive models come close to it.
+        """
+        return {"uniform": float(layer.distances.mean())}

@@ -1,0 +1,133 @@
+"""Spatial frequencies of the tokens (Park et al., ICLR 2023, Fig. 9)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit.attention import exact_float32, product
+from probekit.errors import DoesNotApply, UsageError
+from probekit.metric import Metric
+from probekit.metrics.compat import official
+
+if TYPE_CHECKING:
+    from probekit.layer import Layer
+
+
+class Fourier(Metric):
+    """Log amplitude of the 2-D Fourier transform of the token map, at frequencies (f, f), natural log.
+
+        F[c](f) = sum over tokens (row, col) of x[row, col, c] exp(-2 pi i f (row + col))
+        log_amplitude(f) = mean over channels c of log(|F[c](f)| + 1e-6)
+        fourier(f) = log_amplitude(f) - log_amplitude(0)
+
+    f = k / min(rows, cols) for k = 0 .. ceil(min(rows, cols) / 2) - 1: the published code's half diagonal,
+    which stops before the Nyquist frequency (6/7 pi on a 14 x 14 grid, labelled pi there). So grids of
+    different size are measured at different frequencies: compare along the axis `frequency`, |f| per axis in
+    units of pi. On a grid that isn't square the transform is evaluated at the same f along both axes, which
+    needs no interpolation.
+
+    dc: ``include`` subtracts frequency 0, as published, which confounds "little high frequency" with "a large
+    mean"; ``exclude`` subtracts the lowest frequency above it.
+    floor_channels: share of channels with nothing above frequency 0 (all amplitudes below 1e-6): constant
+    ones draw the mean of logarithms down by as much as 19 each.
+    """
+
+    name = "fourier"
+    needs = frozenset({"tokens"})
+    dims: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "fourier": ("frequency",),
+        "log_amplitude": ("frequency",),
+        "floor_channels": (),
+    }
+    units: ClassVar[Mapping[str, str]] = {"fourier": "nats", "log_amplitude": "nats", "floor_channels": "1"}
+    figure = "Fig. 9"
+    windows = "own"  # the whole feature map, whatever the attention's windows
+    curve = "last"
+    eps = 1e-6
+
+    def __init__(self, compat: str = "", dc: str = "include"):
+        super().__init__(compat=compat, dc=dc)
+        if dc not in ("include", "exclude"):
+            raise UsageError(f"dc is 'include' or 'exclude', not '{dc}'")
+        if official(compat) and dc != "include":
+            raise UsageError(f"dc='{dc}' is not what '{compat}' does", hint="drop one of the two options")
+        self.reference = 0 if dc == "include" else 1
+        self.conventions = {
+            "definition": "Park et al. 2023, Fig. 9; cl-vs-mim, representation_analysis.ipynb",
+            "prefix": "dropped",
+            "log": "natural, of each channel's amplitude",
+            "averaging": "logarithms over channels, per image; then means",
+            "eps": self.eps,
+            "reference": "frequency 0" if dc == "include" else "lowest frequency above 0",
+            "frequencies": "(f, f), f = k / min(rows, cols), below Nyquist; no window, no normalisation",
+        }
+
+    def measure(self, layer: Layer) -> Mapping[str, Tensor]:
+        """(B, F), (B, F) and (B,)."""
+        rows, cols = layer.grid
+        _check(rows, cols)
+        amplitude = diagonal_amplitudes(layer.tokens, rows, cols)
+        log_amplitude = (amplitude + self.eps).log().mean(-1)
+        return {
+            "fourier": log_amplitude - log_amplitude[:, self.reference, None],
+            "log_amplitude": log_amplitude,
+            "floor_channels": (amplitude[:, 1:].amax(1) < self.eps).float().mean(-1),
+        }
+
+    def describe(self, layer: Layer) -> Mapping[str, np.ndarray]:
+        """The axis `frequency` in units of pi, and `white_noise`, what `fourier` is for independent tokens.
+
+        Not 0: the amplitude at frequency 0 is that of a real normal variable (E log = -(gamma + log 2)/2), at
+        others of a complex one (-gamma/2).
+        """
+        rows, cols = layer.grid
+        _check(rows, cols)
+        frequency = 2 * np.arange(_count(rows, cols)) / min(rows, cols)
+        white_noise = np.where(frequency > 0, 0.5 * math.log(2), 0.0)
+        return {"frequency": frequency, "white_noise": white_noise - white_noise[self.reference]}
+
+
+def diagonal_amplitudes(tokens: Tensor, rows: int, cols: int) -> Tensor:
+    """|F| at the frequencies (f, f), (B, F, C), of maps (B, rows * cols, C).
+
+    F depends on row + col modulo min(rows, cols) alone, so tokens are added along those diagonals first and
+    their sums transformed after their mean is taken off: a constant map then has nothing above frequency 0,
+    to the last bit where its sums are exact.
+    """
+    batch = len(tokens)
+    with exact_float32(tokens.device):
+        diagonals, waves = _matrices(rows, cols, tokens.device)
+        sums = product(diagonals.expand(batch, -1, -1), tokens.float())
+        mean = sums.mean(1, keepdim=True)
+        real, imaginary = product(waves.expand(batch, -1, -1), sums - mean).chunk(2, 1)
+        above = real.square().addcmul_(imaginary, imaginary).sqrt_()
+        return torch.cat([(mean * len(diagonals)).abs_(), above], 1)
+
+
+@lru_cache(maxsize=32)
+def _matrices(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(S, N) ones where row + col = s modulo S = min(rows, cols); (2 (F - 1), S) cosines over sines."""
+    size = min(rows, cols)
+    s = (torch.arange(rows)[:, None] + torch.arange(cols)).flatten() % size
+    diagonals = torch.nn.functional.one_hot(s, size).T.float()
+    k = torch.arange(1, _count(rows, cols))
+    # The product modulo S keeps the angles, and so their cosines, exact for large grids.
+    angle = 2 * math.pi / size * (k[:, None] * torch.arange(size) % size).double()
+    return diagonals.to(device), torch.cat([angle.cos(), angle.sin()]).float().to(device)
+
+
+def _count(rows: int, cols: int) -> int:
+    """Frequencies from 0 to below Nyquist."""
+    return -(-min(rows, cols) // 2)
+
+
+def _check(rows: int, cols: int) -> None:
+    if _count(rows, cols) < 2:
+        raise DoesNotApply(f"a grid of {rows} x {cols} tokens has no frequency between 0 and Nyquist")

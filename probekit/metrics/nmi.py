@@ -1,0 +1,101 @@
+"""How much a head's attention depends on the query (Park et al., ICLR 2023, Fig. 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from probekit.attention import AttentionStats, stats_from_probabilities
+from probekit.metric import Metric
+from probekit.metrics.compat import official
+
+if TYPE_CHECKING:
+    from probekit.layer import Layer
+
+
+class NMI(Metric):
+    """Normalised mutual information of query and key, I(q; k) / sqrt(H(q) H(k)).
+
+    With p(q) = 1/N and p(k | q) the attention among patch tokens: H(q) = log N,
+    H(k) is the entropy of the mean row, I = H(k) - mean over q of H(k | q). 0: every query sees the same map;
+    1: every query has a key of its own. Also high for random but peaked attention: read it with the distance.
+
+    Windowed attention, sets g of n_g of an image's N tokens:
+
+        nmi         sum_g (n_g / N) I_g / sqrt(log n_g H_g(k)), within the windows; 0 for a window of 1 token
+        nmi_global  of the whole N x N map, zero between windows. By the chain rule, with
+                    H(G) = -sum_g (n_g / N) log(n_g / N):
+                    I = H(G) + sum_g (n_g / N) I_g,  H(k) = H(G) + sum_g (n_g / N) H_g(k)
+
+    Mostly the partition itself speaks in nmi_global of windowed layers (`uniform_global`), so never mix it
+    with the curve of a ViT. With global attention the two are one.
+    """
+
+    name = "nmi"
+    needs = frozenset({"attention_stats"})
+    dims: ClassVar[Mapping[str, tuple[str, ...]]] = {"nmi": ("head",), "nmi_global": ("head",)}
+    units: ClassVar[Mapping[str, str]] = {"nmi": "1", "nmi_global": "1"}
+    figure = "Fig. 4"
+    windows = "own"
+
+    def __init__(self, compat: str = ""):
+        super().__init__(compat=compat)
+        self.eps = 1e-8 if official(compat) else 0.0
+        self.needs = frozenset({"attention_full"} if self.eps else {"attention_stats"})
+        self.conventions = {
+            "definition": "cl-vs-mim, self_attention_analysis.ipynb"
+            if self.eps
+            else "Park et al. 2023, Fig. 4",
+            "prefix": "dropped from queries and keys",
+            "renormalised": True,
+            "log": "natural",
+            "averaging": "NMI per image and head, then means",
+            "eps": self.eps,
+            "zero_by_zero": 0.0,
+        }
+
+    def measure(self, layer: Layer) -> Mapping[str, Tensor]:
+        """(B, H) each, in [0, 1]."""
+        parts = layer.windows()
+        within, information, key_entropy = 0, _partition_entropy(parts), _partition_entropy(parts)
+        for part in parts:
+            stats = self._stats(part)
+            share = part.window_share / part.window_count  # n_g / N
+            nmi = _ratio(stats.information, math.log(part.tokens_count), stats.key_entropy)
+            within = within + share * part.unfold(nmi).sum(1)
+            information = information + share * part.unfold(stats.information).sum(1)
+            key_entropy = key_entropy + share * part.unfold(stats.key_entropy).sum(1)
+        whole = _ratio(information, math.log(_tokens(parts)), key_entropy)
+        return {"nmi": within.float(), "nmi_global": whole.float()}
+
+    def describe(self, layer: Layer) -> Mapping[str, float]:
+        """`uniform` and `uniform_global`: nmi and nmi_global of attention that is equal over its window."""
+        parts = layer.windows()
+        apart, tokens = _partition_entropy(parts), _tokens(parts)
+        # Uniform keys: H_g(k) = log n_g, so H(k) = log N, and I_g = 0.
+        return {"uniform": 0.0, "uniform_global": apart / math.log(tokens) if tokens > 1 else 0.0}
+
+    def _stats(self, layer: Layer) -> AttentionStats:
+        if not self.eps:
+            return layer.attention_stats
+        a = layer.attention_full[:, :, layer.prefix :, layer.prefix :]
+        return stats_from_probabilities(a + self.eps, layer.distances)
+
+
+def _tokens(parts: list[Layer]) -> int:
+    return sum(part.window_count * part.tokens_count for part in parts)
+
+
+def _partition_entropy(parts: list[Layer]) -> float:
+    """H(G) in nats: of the window a token is in; 0 when attention is global."""
+    return sum(p.window_share * math.log(p.window_count / p.window_share) for p in parts)
+
+
+def _ratio(information: Tensor, query_entropy: float, key_entropy: Tensor) -> Tensor:
+    """I / sqrt(H(q) H(k)) in [0, 1]; 0/0, when only one key or one query is there, is 0."""
+    scale = (query_entropy * key_entropy).sqrt()
+    return torch.where(scale == 0, 0, information / scale).clamp(0, 1)
