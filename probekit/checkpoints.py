@@ -136,8 +136,9 @@ def check_heads(module: nn.Module, state: Mapping[str, Tensor], source: str) -> 
     expected = sincos_positions((side, side), 384)
     heads = {part.num_heads for part in module.modules() if isinstance(getattr(part, "num_heads", None), int)}
     if heads - {12} and torch.allclose(positions.float().cpu(), expected, atol=2e-3):
+        count = min(heads - {12})
         raise WeightsError(
-            f"'{source}' is a MoCo v3 ViT-S, whose 384 channels are 12 heads; this model has {min(heads - {12})}",
+            f"'{source}' is a MoCo v3 ViT-S, whose 384 channels are 12 heads; this model has {count}",
             hint=f"take 'moco:vit-s16@{source}'",
         )
 

@@ -10,12 +10,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,12 +25,15 @@ from typing import TYPE_CHECKING
 
 from probekit.errors import WeightsError
 from probekit.specs import Weights
-from probekit.weightfile import Progress, looks_like_html, sha256
 
 if TYPE_CHECKING:
     import httpx2
 
+Progress = Callable[[int, int | None], None]
+"""Called with bytes done and bytes in all (None where unknown)."""
+
 _ATTEMPTS = 5  # in a row without a byte of progress
+_CHUNK = 1 << 22
 _SPARE = 64 << 20  # bytes left free on the disk
 _TIMEOUT = 30.0  # seconds without an answer
 
@@ -39,6 +44,25 @@ class Fetched:
 
     path: Path
     sha256: str
+
+
+def sha256(path: str | Path, progress: Progress | None = None) -> str:
+    """SHA-256 of a file, hex. `progress` hears of every 4 MiB."""
+    path = Path(path)
+    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+            done += len(chunk)
+            if progress:
+                progress(done, total)
+    return digest.hexdigest()
+
+
+def looks_like_html(head: bytes) -> bool:
+    """Whether a file that begins with `head` is a web page."""
+    start = head[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    return start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--"))
 
 
 def cache_dir() -> Path:
@@ -158,7 +182,8 @@ def _check_cached(path: Path, weights: Weights) -> Fetched:
     for expected, who in ((weights.sha256, "published"), (record.get("sha256"), "first fetched")):
         if expected and digest != expected:
             raise WeightsError(
-                f"'{path}' isn't the file that was {who}: its SHA-256 is {digest[:12]}..., not {expected[:12]}...",
+                f"'{path}' isn't the file that was {who}: its SHA-256 is {digest[:12]}...,"
+                f" not {expected[:12]}...",
                 hint=f"delete '{path}' and '{_beside(path).name}' beside it, and run again to fetch it anew",
             )
     _check_size(path, weights)
@@ -233,8 +258,8 @@ def _download(path: Path, weights: Weights, report: Progress) -> Fetched:
         _check_size(part, weights)
         if weights.sha256 and digest != weights.sha256:
             raise WeightsError(
-                f"'{weights.filename}' arrived with SHA-256 {digest[:12]}... where {weights.sha256[:12]}... is"
-                " published, and was thrown away",
+                f"'{weights.filename}' arrived with SHA-256 {digest[:12]}... where {weights.sha256[:12]}..."
+                " is published, and was thrown away",
                 hint="try again; if it happens twice, the published file changed: tell the pack's author",
             )
     except WeightsError:
@@ -300,7 +325,8 @@ def _check_space(path: Path, needed: int) -> None:
     free = shutil.disk_usage(path.parent).free
     if needed + _SPARE > free:
         raise WeightsError(
-            f"'{path.name}' needs {needed / 1e6:,.0f} MB more and '{path.parent}' has {free / 1e6:,.0f} MB free",
+            f"'{path.name}' needs {needed / 1e6:,.0f} MB more and '{path.parent}' has"
+            f" {free / 1e6:,.0f} MB free",
             hint="free some space, or set PROBEKIT_CACHE to a folder on another disk",
         )
 
@@ -345,5 +371,5 @@ def _web_page(weights: Weights, path: Path) -> WeightsError:
 
 
 def _why(error: Exception) -> str:
-    text = str(error).strip().rstrip(".") or type(error).__name__
+    text = re.sub(r"^\[Errno -?\d+\] ", "", str(error).strip()).rstrip(".") or type(error).__name__
     return f"{text[:1].lower()}{text[1:]}"

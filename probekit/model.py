@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from probekit.checkpoints import Accounting, adopt, choose, landing
 from probekit.errors import PluginError, ProbekitError, UsageError, WeightsError
-from probekit.fetch import fetch_checked
+from probekit.fetch import Progress, fetch_checked, sha256
 from probekit.specs import ModelSpec, Preprocessing, Weights
-from probekit.weightfile import Progress, load, sha256
+from probekit.weightfile import load
 
 
 @dataclass(frozen=True)
@@ -233,8 +233,9 @@ def _load_weights(
                 wanted = ":".join(
                     [spec.full_name, *(f"{key}={value}" for key, value in other.options.items())]
                 )
+                asked = name.partition("@")[0]
                 raise WeightsError(
-                    f"'{path}' is a {other.name or 'file'} for '{wanted}', not for '{name.partition('@')[0]}'",
+                    f"'{path}' is a {other.name or 'file'} for '{wanted}', not for '{asked}'",
                     hint=f"take '{wanted}@{path}'",
                 )
     return adopt(module, state, layout, source=str(path))

@@ -231,7 +231,7 @@ def read_json(path: Path, what: str, newest_version: int) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """Sorted, compact, ASCII JSON of anything made of JSON types, numpy values and paths. Raises TypeError."""
+    """Sorted, compact ASCII JSON of anything made of JSON types, numpy values and paths, or TypeError."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=plain)
 
 

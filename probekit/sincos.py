@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def sincos_positions(grid: tuple[int, int], width: int, *, rows_first: bool = True) -> Tensor:
-    """The embedding (1, 1 + rows * columns, width), float32, of a class token (zeros) and a grid in raster order.
+    """The embedding (1, 1 + rows * columns, width), float32, of a class token (zeros) and a raster grid.
 
     Of each half of the channels one codes the row and one the column: sin then cos of position times
     10000 ** (-i / (width / 4)). MoCo v3 puts the rows first, MAE the columns; otherwise they are equal

@@ -149,7 +149,7 @@ class Writer:
             try:
                 if self._error is None and not self._dropping:
                     call()
-            except BaseException as error:  # noqa: BLE001  raised again in the caller's thread
+            except BaseException as error:  # raised again in the caller's thread
                 self._error = error
             finally:
                 del call  # frees its arrays while this waits for the next
@@ -164,7 +164,8 @@ class RunLock:
     """One process at a time writes a run folder: ``with RunLock(folder): ...``
 
     The kernel drops the lock when its holder dies, also by kill -9, so a lock file that is left over means
-    nothing. ``run.lock.json`` beside it says who holds it, for the message only. The folder is made if needed.
+    nothing. ``run.lock.json`` beside it says who holds it, for the message only. The folder is made if
+    needed.
 
     Raises StoreError at once when another holds it, or when the folder can't be written.
     """

@@ -76,10 +76,10 @@ def paired_difference(
 ) -> xr.Dataset:
     """How far the curve of `name` is higher in `a` than in `b`, on the images both have.
 
-    ``NAME_a``, ``NAME_b`` and ``NAME_difference`` (layer) are means over the common images; the difference has
-    ``_sd``, ``_sem``, ``_low``, ``_high``, all from the per-image differences, so that what makes an image
-    easy or hard for both cancels. Rows are paired by position. ``NAME_overall`` and its interval are the
-    difference of the means over all rows: with different numbers of rows, only these are given.
+    ``NAME_a``, ``NAME_b`` and ``NAME_difference`` (layer) are means over the common images; the difference
+    has ``_sd``, ``_sem``, ``_low``, ``_high``, all from the per-image differences, so that what makes an
+    image easy or hard for both cancels. Rows are paired by position. ``NAME_overall`` and its interval are
+    the difference of the means over all rows: with different numbers of rows, only these are given.
 
     Raises UsageError where nothing can be paired.
     """
@@ -150,7 +150,8 @@ def bootstrap_interval(
     """The percentile bootstrap interval of the mean over the first axis of (images, ...): low and high (...).
 
     One resample draws the same images for every column, so intervals of different columns belong together.
-    NaN where a column has fewer than two values, or an infinite one. Memory beside `values` stays below about 60 MB.
+    NaN where a column has fewer than two values, or an infinite one. Memory beside `values` stays below
+    about 60 MB.
     """
     images, inner = values.shape[0], values.shape[1:]
     flat = values.reshape(images, math.prod(inner))
@@ -171,7 +172,7 @@ def bootstrap_interval(
 def image_curve(values: np.ndarray, how: Literal["mean", "last"]) -> np.ndarray:
     """One number per image and row: (images, rows, *inner) -> (images, rows) float64.
 
-    ``mean``: over all inner axes, NaN left out. ``last``: the last index of the one inner axis that isn't NaN.
+    ``mean``: over all inner axes without NaN. ``last``: the last value of the one inner axis that isn't NaN.
     Raises MetricError for ``last`` with several inner axes.
     """
     images, rows = values.shape[:2]
@@ -289,8 +290,8 @@ def _checked(metric: Metric, traces: Traces, name: str) -> np.ndarray:
     expected = (len(traces.images), len(traces.rows))
     if values.ndim != 2 + len(metric.dims[name]) or values.shape[:2] != expected:
         raise MetricError(
-            f"metric '{metric.name}': '{name}' has shape {values.shape}, expected {expected} and one axis for "
-            f"each of {tuple(metric.dims[name])}"
+            f"metric '{metric.name}': '{name}' has shape {values.shape}, expected {expected} and one axis "
+            f"for each of {tuple(metric.dims[name])}"
         )
     return values
 
@@ -314,8 +315,8 @@ def _place(
     if name in sizes:
         if constant.shape != (rows, sizes[name]):
             raise MetricError(
-                f"metric '{metric.name}': constant '{name}' has shape {constant.shape}, but the axis '{name}' "
-                f"is {sizes[name]} long"
+                f"metric '{metric.name}': constant '{name}' has shape {constant.shape}, but the axis "
+                f"'{name}' is {sizes[name]} long"
             )
         if rows and np.array_equal(constant, np.broadcast_to(constant[0], constant.shape), equal_nan=True):
             coordinates[name] = xr.Variable((name,), constant[0], unit)

@@ -7,14 +7,13 @@ What names anything else is refused.
 
 from __future__ import annotations
 
-import hashlib
 import pickle
 import pickletools
 import re
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,9 +21,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import WeightsError
-
-Progress = Callable[[int, int | None], None]
-"""Called with bytes done and bytes in all (None where unknown)."""
+from probekit.fetch import looks_like_html
 
 _CHUNK = 1 << 22
 
@@ -61,25 +58,6 @@ class _Settings:
 
     def __new__(cls, *args: object, **kwargs: object) -> OrderedDict:  # type: ignore[misc]
         return OrderedDict()
-
-
-def sha256(path: str | Path, progress: Progress | None = None) -> str:
-    """SHA-256 of a file, hex. `progress` hears of every 4 MiB."""
-    path = Path(path)
-    digest, done, total = hashlib.sha256(), 0, path.stat().st_size
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-            done += len(chunk)
-            if progress:
-                progress(done, total)
-    return digest.hexdigest()
-
-
-def looks_like_html(head: bytes) -> bool:
-    """Whether a file that begins with `head` is a web page."""
-    start = head[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    return start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--"))
 
 
 def load(path: str | Path) -> Mapping[str, Any]:
@@ -152,7 +130,7 @@ def _load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _load_torch(path: Path, *, zipped: bool) -> object:
-    """Read with the restricted unpickler; each refusal of a settings class adds its stand-in and tries again."""
+    """Read with the restricted unpickler; what it refuses gets a stand-in, if it may, and it tries again."""
     inert: list[tuple[type, str]] = []
     while True:
         try:
@@ -227,9 +205,9 @@ def _pickle_of(path: Path, zipped: bool) -> bytes:
 def _needs_code(path: Path, what: str) -> WeightsError:
     return WeightsError(
         f"'{path}' needs code to load ('{what}') and was refused",
-        hint="if you trust it, load it yourself where it can do no harm and keep only the tensors, then give that"
-        " file with @PATH:\n    state = torch.load(FILE, weights_only=False)['state_dict']"
-        "\n    safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, 'weights.safetensors')",
+        hint="if you trust it, load it yourself where it can do no harm and keep only the tensors, then give"
+        " that file with @PATH:\n    state = torch.load(FILE, weights_only=False)['state_dict']\n    "
+        "safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, 'weights.safetensors')",
     )
 
 

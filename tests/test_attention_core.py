@@ -58,7 +58,9 @@ def case(batch, heads, n, width, *, keys=None, gain=1.0, seed=0):
 
 def close(stats, expected, rtol=1e-6, atol=1e-6):
     for field, values in zip(FIELDS, expected, strict=True):
-        np.testing.assert_allclose(getattr(stats, field).double().numpy(), values, rtol=rtol, atol=atol, err_msg=field)
+        np.testing.assert_allclose(
+            getattr(stats, field).double().numpy(), values, rtol=rtol, atol=atol, err_msg=field
+        )
 
 
 def same_bits(a, b):
@@ -82,7 +84,15 @@ def threads():
     torch.set_num_threads(before)
 
 
-SHAPES = [(2, 3, 7, 5), (1, 12, 196, 64), (3, 1, 10, 4), (1, 1, 33, 8), (9, 4, 16, 8), (2, 5, 31, 6), (2, 2, 1, 4)]
+SHAPES = [
+    (2, 3, 7, 5),
+    (1, 12, 196, 64),
+    (3, 1, 10, 4),
+    (1, 1, 33, 8),
+    (9, 4, 16, 8),
+    (2, 5, 31, 6),
+    (2, 2, 1, 4),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -113,7 +123,10 @@ def test_a_thousand_tokens_are_swept_without_an_n_by_n_tensor():
             nonlocal largest
             out = func(*args, **(kwargs or {}))
             for t in out if isinstance(out, (list, tuple)) else [out]:
-                if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() != d.untyped_storage().data_ptr():
+                if (
+                    isinstance(t, torch.Tensor)
+                    and t.untyped_storage().data_ptr() != d.untyped_storage().data_ptr()
+                ):
                     largest = max(largest, t.untyped_storage().nbytes())
             return out
 
@@ -171,7 +184,14 @@ def test_no_gradient_is_recorded_and_inputs_are_left_alone():
 # ---------------------------------------------------------------------- bits
 
 
-BIT_SHAPES = [(5, 12, 196, 64), (7, 3, 49, 32), (5, 1, 64, 96), (4, 6, 100, 48), (3, 2, 9, 24), (3, 1, 400, 48)]
+BIT_SHAPES = [
+    (5, 12, 196, 64),
+    (7, 3, 49, 32),
+    (5, 1, 64, 96),
+    (4, 6, 100, 48),
+    (3, 2, 9, 24),
+    (3, 1, 400, 48),
+]
 
 
 @pytest.mark.parametrize("shape", BIT_SHAPES)
@@ -276,7 +296,10 @@ def test_denormal_probabilities():
     bias = torch.zeros(16, 16).masked_fill_(torch.eye(16).roll(3, 1) < 0.5, -95.0)
     p = probabilities(q, k, scale=scale, bias=bias)
     assert ((p > 0) & (p < torch.finfo(torch.float32).tiny)).any()
-    for stats in (stats_from_probabilities(p, d), stats_from_scores(q, k, scale=scale, bias=bias, distances=d)):
+    for stats in (
+        stats_from_probabilities(p, d),
+        stats_from_scores(q, k, scale=scale, bias=bias, distances=d),
+    ):
         close(stats, reference(q, k, scale, d, bias))
 
 
@@ -344,7 +367,9 @@ def test_probabilities_match_numpy():
     q, k, scale, _ = case(2, 3, 9, 4, gain=5)
     bias = torch.randn(1, 3, 9, 9)
     p = probabilities(q.half(), k.half(), scale=scale, bias=bias)
-    scores = scale * q.half().double().numpy() @ k.half().double().numpy().swapaxes(-1, -2) + bias.double().numpy()
+    scores = (
+        scale * q.half().double().numpy() @ k.half().double().numpy().swapaxes(-1, -2) + bias.double().numpy()
+    )
     expected = np.array(softmax_rows(scores)).reshape(p.shape)
     assert p.dtype == torch.float32
     np.testing.assert_allclose(p, expected, atol=1e-6)

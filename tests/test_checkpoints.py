@@ -16,9 +16,10 @@ from torch import nn
 
 from probekit.checkpoints import adopt, check_heads, choose, own_state, read
 from probekit.errors import PluginError, WeightsError
+from probekit.fetch import sha256
 from probekit.sincos import sincos_positions
 from probekit.specs import Layout, Weights
-from probekit.weightfile import load, sha256
+from probekit.weightfile import load
 
 
 class Net(nn.Module):
@@ -273,7 +274,7 @@ def test_keys_outside_the_prefix_must_be_ignored_by_name():
     with pytest.raises(WeightsError, match=r"1 unexpected \('b.w'\)"):
         adopt(Net(), state, Layout(prefix="a."), source="f")
     adopt(Net(), state, Layout(prefix="a.", ignore=("b.*",)), source="f")
-    with pytest.raises(WeightsError, match="no weights whose name starts with 'c.'.*'a.first.weight'"):
+    with pytest.raises(WeightsError, match=r"no weights whose name starts with 'c.'.*'a.first.weight'"):
         adopt(Net(), state, Layout(prefix="c."), source="f")
 
 
@@ -291,7 +292,7 @@ def test_renaming_and_converting():
     net = Net()
     adopt(net, split, Layout(convert=f"{__name__}:join"), source="f")
     assert torch.equal(net.first.weight, weight)
-    with pytest.raises(WeightsError, match="can't be converted.*KeyError"):
+    with pytest.raises(WeightsError, match=r"can't be converted.*KeyError"):
         adopt(Net(), state, Layout(convert=f"{__name__}:join"), source="f")
     with pytest.raises(PluginError, match="can't be imported"):
         adopt(Net(), state, Layout(convert="nowhere.at_all:join"), source="f")
@@ -309,7 +310,7 @@ def join(state, module):
 def test_weights_that_are_not_numbers_are_refused(bad):
     state = weights()
     state["head.weight"][1, 2] = bad
-    with pytest.raises(WeightsError, match="NaN or infinite weights, the first in 'head.weight'"):
+    with pytest.raises(WeightsError, match=r"NaN or infinite weights, the first in 'head.weight'"):
         adopt(Net(), state, Layout(), source="f")
     adopt(nn.Sequential(nn.Linear(3, 4)), weights_of_first(state), Layout(ignore=("head.*",)), source="f")
 

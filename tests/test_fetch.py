@@ -86,7 +86,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     monkeypatch.setenv("PROBEKIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr(fetching.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(fetching, "time", SimpleNamespace(sleep=lambda seconds: None))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.content, server.etag, server.ranges = CONTENT, '"v1"', True
     server.cuts, server.requests, server.guard = [], [], threading.Lock()
@@ -221,7 +221,7 @@ def test_a_file_put_there_by_hand_is_taken_and_recorded(server):
 
 def test_a_web_page_in_place_of_the_file_is_refused(server):
     wanted = weights(server, "/page")
-    with pytest.raises(WeightsError, match="sent a web page in place of 'w.pth'") as caught:
+    with pytest.raises(WeightsError, match=r"sent a web page in place of 'w.pth'") as caught:
         fetch(wanted)
     assert "browser" in caught.value.hint and str(cached_path(wanted)) in caught.value.hint
     assert not cached_path(wanted).exists()
@@ -229,7 +229,7 @@ def test_a_web_page_in_place_of_the_file_is_refused(server):
 
 def test_no_such_file(server):
     wanted = weights(server, "/absent")
-    with pytest.raises(WeightsError, match="can't fetch 'w.pth': the server answered 404") as caught:
+    with pytest.raises(WeightsError, match=r"can't fetch 'w.pth': the server answered 404") as caught:
         fetch(wanted)
     assert str(cached_path(wanted)) in caught.value.hint and wanted.url in caught.value.hint
 
@@ -253,7 +253,7 @@ def test_without_a_network_the_message_says_which_file_goes_where(tmp_path, monk
 def test_a_full_disk_is_noticed_before_anything_is_written(server, monkeypatch):
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     wanted = weights(server)
-    with pytest.raises(WeightsError, match="needs 3 MB more and .* has 1 MB free"):
+    with pytest.raises(WeightsError, match=r"needs 3 MB more and .* has 1 MB free"):
         fetch(wanted)
     assert leftovers(cached_path(wanted)) == []
 

@@ -253,7 +253,7 @@ def test_coverage_is_near_nominal():
 
 
 def test_memory_stays_bounded_for_a_whole_validation_set():
-    """50,000 images x 12 x 12 values, 29 MB as float32, with few resamples: the peak doesn't depend on them."""
+    """50,000 images x 12 x 12 values; few resamples, because the peak doesn't depend on their number."""
     x = np.zeros((50_000, 144), np.float32)
     tracemalloc.start()
     bootstrap_interval(x, 0, resamples=40)

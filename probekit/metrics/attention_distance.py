@@ -55,8 +55,8 @@ class AttentionDistance(Metric):
         return {"attention_distance": (a * layer.distances).sum(-1).mean(-1)}
 
     def describe(self, layer: Layer) -> Mapping[str, float]:
-        """`uniform`: the distance of attention that is equal over all keys, of the window where there are any.
+        """`uniform`: the distance of attention that is equal over all keys (of the window), in px.
 
-        In px. It is not the largest possible; late layers of contrastive models come close to it.
+        It is not the largest possible; late layers of contrastive models come close to it.
         """
         return {"uniform": float(layer.distances.mean())}

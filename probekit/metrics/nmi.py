@@ -96,6 +96,13 @@ def _partition_entropy(parts: list[Layer]) -> float:
 
 
 def _ratio(information: Tensor, query_entropy: float, key_entropy: Tensor) -> Tensor:
-    """I / sqrt(H(q) H(k)) in [0, 1]; 0/0, when only one key or one query is there, is 0."""
-    scale = (query_entropy * key_entropy).sqrt()
-    return torch.where(scale == 0, 0, information / scale).clamp(0, 1)
+    """I / sqrt(H(q) H(k)) in [0, 1]; 0/0, where there is but one query or one key, is 0.
+
+    As I <= H(k), the ratio is below 1e-6 before H(k) is too small (1e-12) to be told from 0.
+    """
+    ratio = information / (query_entropy * key_entropy).sqrt()
+    return (
+        ratio.masked_fill(key_entropy < 1e-12, 0).clamp(0, 1)
+        if query_entropy > 0
+        else torch.zeros_like(ratio)
+    )

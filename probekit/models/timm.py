@@ -108,7 +108,7 @@ def resample_table(table: Tensor, window: tuple[int, int], extra: int) -> Tensor
 
 
 def _spread(source: int, target: int) -> Tensor:
-    """Weights (target, source) from offsets -source // 2 ... source // 2 to those of a longer axis, float64."""
+    """Weights (target, source) from offsets -source // 2 ... source // 2 to a longer axis's, float64."""
     near, far = source // 2, target // 2
     low, high = 1.0, float(max(far, 2))
     for _ in range(
@@ -128,7 +128,8 @@ def check_multiple(image_size: tuple[int, int], patch: tuple[int, int], name: st
     if any(size % step or size < step for size, step in zip(image_size, patch, strict=True)):
         fitting = [max(round(size / step), 1) * step for size, step in zip(image_size, patch, strict=True)]
         raise UsageError(
-            f"'{name}' has patches of {patch[0]} x {patch[1]} px, which don't tile {image_size[0]} x {image_size[1]}",
+            f"'{name}' has patches of {patch[0]} x {patch[1]} px, which don't tile"
+            f" {image_size[0]} x {image_size[1]}",
             hint=f"take `--image-size {fitting[0]}x{fitting[1]}`",
         )
 
@@ -166,7 +167,8 @@ def _check_published(variant: str) -> None:
         other = f"'timm:{tagged[0]}' has some; or " if tagged else ""
         raise WeightsError(
             f"timm has no weights for '{variant}'",
-            hint=f"{other}give a file, 'timm:{variant}@PATH', or take untrained weights, 'timm:{variant}@random'",
+            hint=f"{other}give a file, 'timm:{variant}@PATH', or take untrained weights,"
+            f" 'timm:{variant}@random'",
         )
 
 

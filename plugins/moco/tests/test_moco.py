@@ -67,7 +67,7 @@ def encoder_shapes(width: int) -> dict[str, tuple[int, ...]]:
 
 
 def moco_positions(width: int) -> torch.Tensor:
-    """Fixed sines and cosines, the row's half of the channels before the column's, zeros for the class token."""
+    """Fixed sines and cosines, the row's half of the channels first, zeros for the class token."""
     table = torch.zeros(1, 197, width)
     quarter = width // 4
     for row in range(14):
@@ -249,7 +249,7 @@ def test_a_linear_probe_file_is_taken_for_what_it_is(small):
     assert torch.equal(model.module.norm.weight, base["norm.weight"])
     assert model.accounting.ignored == ("module.head.weight", "module.head.bias")
     assert "linear-probe" in model.accounting.layout
-    with pytest.raises(WeightsError, match="linear-probe.*encoder=base"):
+    with pytest.raises(WeightsError, match=r"linear-probe.*encoder=base"):
         load_model(f"moco:vit-s16:encoder=momentum@{path}", Catalog())
     # and it can't be loaded into a ViT-S of six heads, which its keys and shapes fit
     from probekit.models.timm import build

@@ -1,4 +1,4 @@
-"""The published layout of SimMIM ViT-B rebuilt with random weights, against a reference forward in plain torch."""
+"""The published layout of SimMIM rebuilt with random weights, against a reference forward in plain torch."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def encoder_shapes() -> dict[str, tuple[int, ...]]:
 
 
 def relative_index() -> torch.Tensor:
-    """Rows of the table for each pair of tokens: offsets row by row, then CLS->token, token->CLS, CLS->CLS."""
+    """Rows of the table for each pair of tokens: offsets row by row, CLS->token, token->CLS, CLS->CLS."""
     index = torch.empty(197, 197, dtype=torch.long)
     index[0, 1:], index[1:, 0], index[0, 0] = 27 * 27, 27 * 27 + 1, 27 * 27 + 2
     for query in range(196):

@@ -1,0 +1,218 @@
+"""Fourier amplitudes of the tokens: against a full FFT and a transform written out, and known spectra."""
+
+from __future__ import annotations
+
+import cmath
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from probekit.errors import DoesNotApply, UsageError
+from probekit.metrics.fourier import Fourier
+
+
+def layer_of(maps):
+    """Maps (B, rows, cols, C) as a layer has them."""
+    maps = torch.tensor(np.ascontiguousarray(maps))
+    return SimpleNamespace(tokens=maps.flatten(1, 2).float(), grid=tuple(maps.shape[1:3]), batch=len(maps))
+
+
+def measure(maps, **options):
+    values = Fourier(**options).measure(layer_of(maps))
+    assert all(v.dtype == torch.float32 for v in values.values())
+    return {name: v.numpy() for name, v in values.items()}
+
+
+def noise(batch, rows, cols, channels, seed=0, offset=0.0):
+    return np.random.default_rng(seed).standard_normal((batch, rows, cols, channels)) + offset
+
+
+def notebook(maps):
+    """The published cell for each image: fft2, log(|F| + 1e-6), rolled so that 0 is in the middle, mean over
+    channels, the main diagonal from the middle on. Square grids, float64."""
+    side = maps.shape[1]
+    spectrum = np.fft.fft2(np.moveaxis(np.asarray(maps, dtype=np.float64), -1, 1))
+    logs = np.log(np.abs(spectrum) + 1e-6)
+    logs = np.roll(logs, (side // 2, side // 2), axis=(2, 3)).mean(1)
+    return np.diagonal(logs, axis1=1, axis2=2)[:, side // 2 :]
+
+
+def written_out(maps):
+    """The transform at (f, f), f = k / min(rows, cols), as its sum. float64."""
+    maps = np.asarray(maps, dtype=np.float64)
+    batch, rows, cols, channels = maps.shape
+    short = min(rows, cols)
+    out = np.zeros((batch, math.ceil(short / 2)))
+    for k in range(out.shape[1]):
+        total = np.zeros((batch, channels), dtype=complex)
+        for r in range(rows):
+            for c in range(cols):
+                total += maps[:, r, c] * cmath.exp(-2j * math.pi * (k / short) * (r + c))
+        out[:, k] = np.log(np.abs(total) + 1e-6).mean(1)
+    return out
+
+
+@pytest.mark.parametrize("side", [3, 4, 7, 8, 14, 16, 27])
+@pytest.mark.parametrize("compat", ["", "cl-vs-mim"])
+def test_agrees_with_the_published_code(side, compat):
+    maps = noise(3, side, side, 24, offset=0.7)
+    got, expected = measure(maps, compat=compat), notebook(maps)
+    np.testing.assert_allclose(got["log_amplitude"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got["fourier"], expected - expected[:, :1], rtol=1e-5, atol=1e-5)
+    assert (got["fourier"][:, 0] == 0).all()
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(14, 14), (5, 5), (4, 9), (9, 4), (14, 20), (3, 12), (6, 12)])
+def test_agrees_with_the_transform_written_out(rows, cols):
+    maps = noise(2, rows, cols, 16)
+    np.testing.assert_allclose(measure(maps)["log_amplitude"], written_out(maps), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "last"), [(7, 6 / 7), (14, 6 / 7), (16, 0.875), (27, 0.963), (31, 0.968)])
+def test_frequency_axis(side, last):
+    layer = layer_of(noise(1, side, side, 2))
+    found = Fourier().describe(layer)
+    assert (
+        len(found["frequency"]) == len(measure(noise(1, side, side, 2))["fourier"][0]) == math.ceil(side / 2)
+    )
+    assert found["frequency"][0] == 0
+    assert found["frequency"][-1] == pytest.approx(last, abs=6e-4)
+    np.testing.assert_allclose(np.diff(found["frequency"]), 2 / side)
+
+
+@pytest.mark.parametrize("side", [7, 14, 16])
+def test_white_noise_is_half_log_two(side):
+    maps = noise(16, side, side, 2000, seed=3)
+    got = measure(maps)["fourier"].mean(0)
+    expected = Fourier().describe(layer_of(maps[:1]))["white_noise"]
+    assert expected[0] == 0 and expected[1:] == pytest.approx(0.5 * math.log(2))
+    np.testing.assert_allclose(got, expected, atol=0.03)
+    without = Fourier(dc="exclude")
+    np.testing.assert_allclose(
+        without.measure(layer_of(maps))["fourier"].mean(0), expected - expected[1], atol=0.03
+    )
+    np.testing.assert_allclose(without.describe(layer_of(maps[:1]))["white_noise"], expected - expected[1])
+
+
+def test_white_noise_on_an_oblong_grid():
+    maps = noise(16, 8, 20, 1000, seed=4)
+    np.testing.assert_allclose(
+        measure(maps)["fourier"].mean(0), Fourier().describe(layer_of(maps[:1]))["white_noise"], atol=0.03
+    )
+
+
+def test_the_mean_confounds_the_difference_but_not_the_spectrum():
+    maps, moved = noise(4, 14, 14, 500), noise(4, 14, 14, 500, offset=10)
+    a, b = measure(maps), measure(moved)
+    assert b["fourier"][:, -1].mean() == pytest.approx(-5.23, abs=0.05)
+    np.testing.assert_allclose(a["log_amplitude"][:, 1:], b["log_amplitude"][:, 1:], atol=1e-4)
+    exclude = measure(moved, dc="exclude")["fourier"]
+    np.testing.assert_allclose(exclude[:, 1:], measure(maps, dc="exclude")["fourier"][:, 1:], atol=1e-4)
+    assert (exclude[:, 1] == 0).all()
+    np.testing.assert_allclose(exclude, b["log_amplitude"] - b["log_amplitude"][:, 1:2], atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [1.0, -3.0, 0.1, 1.7e-3])
+def test_constant_map_is_at_the_floor(value):
+    maps = np.full((2, 14, 14, 5), value)
+    got = measure(maps)
+    np.testing.assert_allclose(got["log_amplitude"][:, 0], math.log(196 * abs(value) + 1e-6), rtol=1e-5)
+    np.testing.assert_allclose(got["log_amplitude"][:, 1:], math.log(1e-6), atol=1e-3)
+    if value == 1.0:
+        np.testing.assert_allclose(got["fourier"][:, 1:], -19.09, atol=6e-3)
+    assert (got["floor_channels"] == 1).all()
+
+
+def test_dead_and_constant_channels_are_counted():
+    maps = noise(2, 14, 14, 8)
+    maps[0, ..., :2] = 0  # dead
+    maps[0, ..., 2] = 5  # constant
+    assert measure(maps)["floor_channels"].tolist() == [3 / 8, 0]
+
+
+@pytest.mark.parametrize("k", range(7))
+def test_pure_frequencies(k):
+    r, c = np.mgrid[:14, :14]
+    wave = np.cos(2 * np.pi * k * (r + c) / 14 + 0.3)[None, ..., None]
+    got = measure(wave)["log_amplitude"][0]
+    peak = 196 * math.cos(0.3) if k == 0 else 98
+    assert got[k] == pytest.approx(math.log(peak), abs=1e-5)
+    assert (np.delete(got, k) < math.log(1e-4)).all()
+
+
+def test_frequencies_off_the_diagonal_and_nyquist_are_not_seen():
+    r, c = np.mgrid[:14, :14]
+    for wave in (
+        np.cos(2 * np.pi * 3 * r / 14),
+        np.cos(np.pi * (r + c)),
+        np.cos(2 * np.pi * 2 * (r - c) / 14),
+    ):
+        assert (measure(wave[None, ..., None])["log_amplitude"] < math.log(1e-4)).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(1e-2, 1e4), st.integers(0, 2**20))
+def test_scale_moves_the_spectrum_and_leaves_the_difference(factor, seed):
+    maps = noise(2, 6, 6, 8, seed)
+    a, b = measure(maps), measure(maps * factor)
+    np.testing.assert_allclose(b["log_amplitude"], a["log_amplitude"] + math.log(factor), atol=2e-3)
+    np.testing.assert_allclose(b["fourier"], a["fourier"], atol=2e-3)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(3, 9), st.integers(3, 9), st.integers(0, 2**20))
+def test_symmetries(rows, cols, seed):
+    maps = noise(3, rows, cols, 6, seed)
+    got = measure(maps)["log_amplitude"]
+    np.testing.assert_allclose(measure(maps.swapaxes(1, 2))["log_amplitude"], got, atol=1e-4)
+    np.testing.assert_allclose(measure(maps[:, ::-1, ::-1])["log_amplitude"], got, atol=1e-4)
+    np.testing.assert_allclose(measure(maps[..., ::-1])["log_amplitude"], got, atol=1e-5)
+    if rows == cols:  # a cyclic shift is a phase
+        np.testing.assert_allclose(measure(np.roll(maps, (1, 2), (1, 2)))["log_amplitude"], got, atol=1e-4)
+
+
+@pytest.mark.parametrize(("side", "channels"), [(14, 96), (32, 48), (7, 33)])
+def test_bits_depend_neither_on_the_batch_nor_on_threads(side, channels):
+    maps = noise(4, side, side, channels)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        whole = measure(maps)
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            for i in range(4):
+                alone = measure(maps[i : i + 1])
+                assert all((alone[name] == whole[name][i : i + 1]).all() for name in whole)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_autocast_changes_nothing():
+    layer = layer_of(noise(2, 14, 14, 32))
+    plain = Fourier().measure(layer)
+    with torch.autocast("cpu", torch.bfloat16):
+        for name, values in Fourier().measure(layer).items():
+            assert torch.equal(values, plain[name])
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (2, 2), (2, 9), (9, 1)])
+def test_grids_without_a_frequency_do_not_apply(grid):
+    layer = layer_of(noise(1, *grid, 3))
+    for use in (Fourier().measure, Fourier().describe):
+        with pytest.raises(DoesNotApply, match="no frequency"):
+            use(layer)
+
+
+def test_options():
+    assert Fourier().needs == {"tokens"} and Fourier().curve == "last"
+    with pytest.raises(UsageError, match="'include' or 'exclude', not 'yes'"):
+        Fourier(dc="yes")
+    with pytest.raises(UsageError, match="not what 'cl-vs-mim' does"):
+        Fourier(compat="cl-vs-mim", dc="exclude")
+    with pytest.raises(UsageError, match="compat"):
+        Fourier(compat="v1")
