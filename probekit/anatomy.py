@@ -87,12 +87,17 @@ class LayerInfo:
 
     @property
     def window(self) -> str:
-        """The window as people say it: ``7x7``, ``7x7 shifted``, ``global``."""
-        if self.windows == 1:
+        """The window as people say it: ``global``, ``7x7``, ``7x7 dilated``, ``7x7, masked regions``."""
+        if self.windows == 1 or not self.groups:
             return "global"
-        side = max(g.size for g in self.groups)
-        root = int(round(side**0.5))
-        text = f"{root}x{root}" if root * root == side else f"{side} tokens"
+        places = self.positions[max(self.groups, key=lambda g: g.size).tokens[0]]
+        rows, columns = (len(np.unique(axis)) for axis in places.T)
+        text = f"{rows}x{columns}" if rows * columns == len(places) else f"{len(places)} tokens"
+        if (
+            self.stride is not None
+            and (np.ptp(places, axis=0) > 1.5 * np.multiply(self.stride, (rows, columns))).any()
+        ):
+            text += " dilated"
         return f"{text}, masked regions" if self.masked else text
 
 

@@ -32,12 +32,12 @@ def run(
     models, metrics, datasets: references as on the command line, e.g. ``"moco:vit-b16@random"``
     out:       the run's folder; by default a new one under ``runs``, or the newest of the same grid
     plugins:   files with metrics or hooks, as ``--plugin``
-    on_event:  hears of progress (`probekit.run.Event`)
+    on_event:  hears of progress (`probekit.events.Event`)
     settings:  limit, seed, batch_size, device, dtype, image_size, workers, on_bad_image, allow_unwatched
 
     Raises `ProbekitError`. A metric that fails is recorded in the run, not raised.
     """
-    from probekit.run import execute
+    from probekit.execution import execute
 
     as_list = [v if not isinstance(v, str) else [v] for v in (models, datasets, metrics)]
     grid = make_grid({"models": as_list[0], "datasets": as_list[1], "metrics": as_list[2], **settings}, "run()")
@@ -84,8 +84,8 @@ def probe(
         raise UsageError(f"images must be a tensor (B, 3, H, W), not {shape}")
     catalog = Catalog.load()
     loaded = load_model(model, catalog, seed=seed) if isinstance(model, str) else None
-    if loaded is None:
-        wrap(model)
+    if loaded is None and not isinstance(model, torch.nn.Module):
+        wrap(model)  # says what a model is
     chosen = _metrics(metrics, catalog)
     module = loaded.module if loaded else model
     forward = loaded.forward if loaded else None
@@ -96,33 +96,36 @@ def probe(
         with numerics(device, dtype):
             pixels = images.to(device)
             watcher = Watcher(module, pixels, forward=forward, allow_unwatched=allow_unwatched)
-            collectors = [collector(metric, watcher) for metric, _ in chosen]
+            collectors = [collector(metric, watcher) for metric, _ in chosen.values()]
             parts = [measure_batch(watcher, batch, collectors) for batch in pixels.split(batch_size)]
     finally:
         for m, mode in training.items():
             m.training = mode
     results = {}
-    for number, ((metric, required), found) in enumerate(zip(chosen, collectors, strict=True)):
+    for number, (name, found) in enumerate(zip(chosen, collectors, strict=True)):
+        metric, required = chosen[name]
         if found.failure is not None:
-            raise MetricError(f"metric '{metric.name}': {found.failure.message}")
+            raise MetricError(f"metric '{name}': {found.failure.message}")
         if not found.applies:
             if required:
-                raise DoesNotApply(f"metric '{metric.name}' does not apply: {next(iter(found.reasons.values()))}")
+                raise DoesNotApply(f"metric '{name}' does not apply: {next(iter(found.reasons.values()))}")
             continue
         values = {n: torch.cat([torch.from_numpy(p[number][n]) for p in parts]).numpy() for n in metric.dims}
         ids = [str(i) for i in range(len(images))]
-        results[metric.name] = metric.summarize(Traces(values, found.rows, ids, None, found.constants, seed))
+        results[name] = metric.summarize(Traces(values, found.rows, ids, None, found.constants, seed))
     return results
 
 
-def _metrics(asked: Sequence[str | Metric | type[Metric]], catalog: Catalog) -> list[tuple[Metric, bool]]:
-    """Metric objects, each with whether it was asked for by name."""
-    from probekit.run import make_metric
+def _metrics(asked: Sequence[str | Metric | type[Metric]], catalog: Catalog) -> dict[str, tuple[Metric, bool]]:
+    """Metric objects by the name their result gets, each with whether it was asked for by name."""
+    from probekit.execution import make_metric
 
-    chosen: list[tuple[Metric, bool]] = []
+    chosen: dict[str, tuple[Metric, bool]] = {}
     for item in [asked] if isinstance(asked, (str, Metric, type)) else asked:
         if isinstance(item, str):
-            chosen += [(make_metric(e, catalog), item != "all") for e in catalog.select("metrics", [item])]
+            for entry in catalog.select("metrics", [item]):
+                chosen[str(entry.ref)] = make_metric(entry, catalog), item != "all"
         else:
-            chosen.append((item() if isinstance(item, type) else item, True))
+            metric = item() if isinstance(item, type) else item
+            chosen[metric.name] = metric, True
     return chosen

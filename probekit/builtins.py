@@ -46,7 +46,7 @@ def probekit_metrics() -> list[MetricSpec]:
                 "dc": Option(
                     default="include",
                     choices=("include", "exclude"),
-                    help="whether amplitudes are relative to frequency 0 (the paper) or leave it out",
+                    help="relative to frequency 0 (include, the paper) or to the lowest one above it (exclude)",
                 ),
             },
             citation=_PARK,
@@ -96,5 +96,11 @@ def probekit_reports() -> list[ReportSpec]:
             name="html",
             summary="one page that works offline: curves over depth, a table, provenance, failures",
             target="probekit.reports.html:render",
-        )
+        ),
+        ReportSpec(
+            name="csv",
+            summary="every number as one long table: a row for each value, layer and head or frequency",
+            target="probekit.reports.csv:render",
+            suffix=".csv",
+        ),
     ]

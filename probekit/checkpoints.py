@@ -197,8 +197,8 @@ def _convert(target: str, kept: dict[str, Tensor], module: nn.Module, source: st
         raise PluginError(f"the conversion '{target}' can't be imported: {error}") from error
     try:
         return dict(function(kept, module))
-    except WeightsError:
-        raise
+    except WeightsError as error:  # what the file is instead; the sentence begins with its name
+        raise WeightsError(f"'{source}' {error.message}", hint=error.hint) from error
     except Exception as error:
         raise WeightsError(
             f"'{source}' can't be converted for this model: {type(error).__name__}: {error}",

@@ -6,16 +6,19 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.errors import DoesNotApply, MetricError, ProbekitError, UsageError
+from probekit.errors import DataError, DoesNotApply, MetricError, ProbekitError, UsageError
 from probekit.layer import Layer
 from probekit.metric import Metric, Row
-from probekit.watch import Visitor, Watcher
+from probekit.watch import Visitor
+
+if TYPE_CHECKING:
+    from probekit.subject import Source
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -171,12 +174,24 @@ def numerics(device: torch.device, dtype: str) -> Iterator[None]:
         torch.set_flush_denormal(flushed)
 
 
-def measure_batch(watcher: Watcher, pixels: Tensor, collectors: Sequence[Collector]) -> list[dict[str, np.ndarray]]:
+@contextmanager
+def within_memory(batch: Tensor) -> Iterator[None]:
+    """Turns the device's lack of memory into `DataError` with a smaller batch as the way out."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise DataError(
+            f"{len(batch)} images at once don't fit into the memory of '{batch.device}'",
+            hint=f"--batch-size {max(1, len(batch) // 2)}",
+        ) from error
+
+
+def measure_batch(source: Source, pixels: Tensor, collectors: Sequence[Collector]) -> list[dict[str, np.ndarray]]:
     """Forward one batch and return each collector's values; those of a failed metric are of no use."""
-    watcher.run(pixels, [c.visitor for c in collectors if c.failure is None])
+    source.run(pixels, [c.visitor for c in collectors if c.failure is None])
     return [c.take(len(pixels)) for c in collectors]
 
 
-def collector(metric: Metric, watcher: Watcher) -> Collector:
-    """A collector for a metric, its layer axis taken from the watched model."""
-    return Collector(metric, watcher.site_rows() if "tokens" in metric.needs else watcher.layer_rows())
+def collector(metric: Metric, source: Source) -> Collector:
+    """A collector for a metric, its layer axis taken from the watched model or the capture."""
+    return Collector(metric, source.site_rows() if "tokens" in metric.needs else source.layer_rows())

@@ -100,7 +100,7 @@ class Layer:
     def distances(self) -> Tensor:
         """Euclidean distance in pixels from each query's centre to each key's, (1 or B, 1, N, K) float32."""
         groups = (self.group,) if self.group is not None else self._spatial().groups
-        if self.group is None and len(groups) == 1 and len(groups[0].windows) > 1 or len(groups) > 1:
+        if len(groups) > 1 or (self.group is None and len(groups[0].windows) > 1):
             raise MetricError(f"'{self.info.name}' has windowed attention: use layer.windows()")
         group = groups[0]
         queries = self.info.positions[group.tokens]
@@ -207,9 +207,14 @@ class Layer:
         Each folded layer holds the G equal-sized sets of every image as its batch (B*G, image-major).
         ``[layer]`` when attention is global.
         """
-        if self.group is not None or self._spatial().windows == 1 and not self.info.masked:
+        if self.group is not None or (self._spatial().windows == 1 and not self.info.masked):
             return [self]
-        return [replace(self, group=g, batch=self.batch * len(g.windows)) for g in self.info.groups]
+        return list(self._folded)
+
+    @cached_property
+    def _folded(self) -> tuple[Layer, ...]:
+        """Kept, so that metrics on windows share what they compute."""
+        return tuple(replace(self, group=g, batch=self.batch * len(g.windows)) for g in self.info.groups)
 
     @property
     def window_count(self) -> int:
@@ -230,17 +235,24 @@ class Layer:
     @property
     def _device(self) -> torch.device:
         scores = self.captured.get("scores")
-        found = [t for t in (scores.q, scores.probabilities) if t is not None] if scores else []
+        found = (
+            [t for t in (scores.q, scores.probabilities) if t is not None]
+            if isinstance(scores, Scores)
+            else []
+        )
         found += [t for t in self.captured.values() if isinstance(t, Tensor)]
         return found[0].device if found else torch.device("cpu")
 
     def _get(self, name: str):
         try:
-            return self.captured[name]
+            value = self.captured[name]
         except KeyError:
             raise MetricError(
                 f"'{name}' was not captured at '{self.row.label}'", hint="name it in the metric's 'needs'"
             ) from None
+        if isinstance(value, DoesNotApply):
+            raise value
+        return value
 
     def _spatial(self) -> LayerInfo:
         if self.info.role == "channels":
@@ -270,15 +282,17 @@ class Layer:
     def _heads_view(self, t: Tensor, *, keys: bool = False) -> Tensor:
         """(B*W, H, T, d) as captured -> patch tokens in raster order (B, H, N, d)."""
         info = self._spatial()
-        if self.group is not None or info.windows == 1 and not info.masked:
+        if self.group is not None or (info.windows == 1 and not info.masked):
             pick = _Pick(self._single_group(), info.windows)
             return (pick.columns(t) if keys else pick.rows(t)).float()
-        if info.role != "tokens":
-            raise DoesNotApply(f"'{info.name}' has windowed attention to pooled keys")
+        own = all(np.array_equal(info.positions[g.tokens], g.key_positions) for g in info.groups)
+        if keys and not own:
+            raise DoesNotApply(f"windows of '{info.name}' attend to other tokens than their own")
         parts = t.unflatten(0, (-1, info.windows))
         out = t.new_empty(parts.size(0), t.size(1), info.tokens, t.size(-1))
         for g in info.groups:
-            w, places, numbers = (torch.from_numpy(a).to(t.device) for a in (g.windows, g.queries, g.tokens))
+            chosen = (g.windows, g.keys if keys else g.queries, g.tokens)
+            w, places, numbers = (torch.from_numpy(a).to(t.device) for a in chosen)
             out[:, :, numbers] = parts[:, w[:, None], :, places].permute(2, 3, 0, 1, 4)
         return out.float()
 

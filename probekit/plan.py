@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from probekit.anatomy import LayerInfo, Role
-from probekit.discover import Add, Call, Record
+from probekit.anatomy import LayerInfo, Role, WindowGroup
 from probekit.errors import WatchError
-from probekit.geometry import TokenLayout, first_image, grid_of, raster, token_layout, window_groups
-from probekit.positions import Where
+from probekit.geometry import TokenLayout, first_image, grid_of, raster, window_groups
+from probekit.record import Add, Call, Record
 
 
 @dataclass(frozen=True)
 class Tap:
-    """Where a token tensor is: an operand (or the result) of one addition."""
+    """Where a token tensor is: an operand (`place` among the arguments) or, without one, the result of an
+    addition. `written`: its memory is written to again, so whoever keeps it needs a copy."""
 
     ordinal: int
-    operand: int | None
+    place: int | None
     layout: TokenLayout
-    in_place: bool
+    written: bool
+
+
+@dataclass(frozen=True)
+class Residual:
+    """The addition of a layer's attention to the stream.
+
+    before: which of its operands is the stream the queries came from; None where that was pooled or
+            projected on the way, so that the layer has no token tensor before it
+    """
+
+    add: Add
+    before: int | None
 
 
 @dataclass(frozen=True)
@@ -33,19 +45,29 @@ class LayerPlan:
     calls: tuple[Call, ...]
     taps: Mapping[str, Tap]
 
+    @property
+    def captures(self) -> frozenset[str]:
+        """What a run can capture of this layer."""
+        if self.info.role == "untraced":
+            return frozenset(self.taps)
+        found = {"scores", "v", "heads", *self.taps}
+        if all(c.kind != "explicit" or c.scores is not None for c in self.calls):
+            found |= {"q", "k"}
+        return frozenset(found)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """All layers, in order, and what else was seen."""
+    """All layers, in order, what else was seen, and how many calls of each kind a forward pass makes."""
 
     layers: tuple[LayerPlan, ...]
     others: tuple[Mapping[str, str], ...]
     warnings: tuple[str, ...]
+    counts: Mapping[str, int]
 
 
 def make_plan(name: str, record: Record, declared_parts: Mapping[str, str]) -> Plan:
     """Resolve the record into layers. Raises `WatchError` if no layer attends between patch tokens."""
-    before = {c.number: _residual(record, c) for c in record.calls}
     others, drafts = [], []
     for call in record.calls:
         role = _role(call)
@@ -54,20 +76,22 @@ def make_plan(name: str, record: Record, declared_parts: Mapping[str, str]) -> P
                 {"name": call.path, "why": "class attention or pooling: its queries are no patches"}
             )
         else:
-            drafts.append((call, role, before[call.number]))
+            drafts.append((call, role, _residual(record, call)))
     layers: list[LayerPlan] = []
-    mids = {add.result for _, _, found in drafts if found for add in (found[0],)}
-    previous: Add | None = None
-    for calls, role, found in _merged(drafts):
-        out = _after_mlp(record, found[0], mids) if found else None
-        plan = _layer(len(layers), calls, role, found, out, declared_parts)
-        plan = replace(plan, info=_placed(plan.info, layers, found, previous))
-        layers.append(plan)
-        previous = out
+    streams: set[int] = set()
+    for calls, role, found in _merged(record, drafts):
+        out = _after_mlp(record, found) if found else None
+        plan = _layer(record, len(layers), calls, role, found, out, declared_parts)
+        starts = _starts(plan.info, layers, found, streams)
+        layers.append(replace(plan, info=replace(plan.info, starts=starts)))
+        streams |= {add.result for add in ((found.add, out) if found else ()) if add is not None}
     if not any(p.info.role != "untraced" for p in layers):
-        lost = next((f"; the trail of its tokens is lost at '{op}' in '{at}'" for at, op in record.lost.items()), "")
-        raise WatchError(f"no attention between tokens was found in '{name}'{lost if layers else ''}")
-    return Plan(tuple(layers), tuple(others), tuple(_warnings(layers)))
+        at, op = next(iter(record.lost.items()), ("", ""))
+        lost = f"; the trail of its tokens is lost at '{op}' in '{at}'" if layers and op else ""
+        raise WatchError(f"no attention between tokens was found in '{name}'{lost}")
+    layers = [replace(p, info=replace(p.info, stage=s)) for p, s in zip(layers, _stages(layers), strict=True)]
+    warnings = (*_warnings(layers), *_misplaced(record, layers))
+    return Plan(tuple(layers), tuple(others), warnings, dict(record.counts))
 
 
 def _role(call: Call) -> Role | None:
@@ -77,59 +101,91 @@ def _role(call: Call) -> Role | None:
     if call.lead is None:
         return "untraced"
     queries, keys = first_image(call.lead, call.queries), first_image(call.lead, call.keys)
-    q_places, k_places = raster(queries)[0], raster(keys)[0]
-    if len(q_places) == 1 and queries.shape[1] > 1:
+    q_places, numbers = raster(queries)
+    k_places = raster(keys)[0]
+    if len(q_places) == 1 and (numbers >= 0).sum() > 1:
         return "channels"
-    if not len(k_places):
-        return "untraced"
+    if not len(k_places) or (numbers >= 0).sum() != len(q_places):
+        return "untraced"  # a token that asks in two windows has no one map
     return "tokens" if np.array_equal(q_places, k_places) else "pooled keys"
 
 
-def _residual(record: Record, call: Call) -> tuple[Add, int] | None:
+# ---------------------------------------------------------------------- the residual stream
+
+
+def _residual(record: Record, call: Call) -> Residual | None:
     """The addition after the call's attention, and which operand is the stream before it.
 
-    Of several before the next attention the last: inner ones add the queries back (MViT).
+    Of several before the MLP or the next attention the last: inner ones add the queries back (MViT). Where
+    the stream was pooled or projected on the way to it, the addition onto tokens at the queries' places.
     """
-    ancestors = record.nodes[call.asks].ancestors
-    later = [c.node for c in record.calls if record.nodes[c.node].calls >> call.number & 1 and c is not call]
-    limit = min(later, default=len(record.nodes))
-    first = last = None
+    nodes = record.nodes
+    later = [c.node for c in record.calls if c is not call and nodes[c.node].calls >> call.number & 1]
+    limit = min(later, default=len(nodes))
+    found: Residual | None = None
+    pooled: Residual | None = None
     for add in record.adds:
-        after = [record.nodes[n].calls >> call.number & 1 for n in add.nodes]
-        skip = after.index(0) if sum(after) == 1 else None
-        if skip is not None and ancestors >> add.nodes[skip] & 1:
-            first = first or (add, skip)
-            last = (add, skip) if add.result < limit else last
-    return last or first
-
-
-def _after_mlp(record: Record, mid: Add, mids: set[int]) -> Add | None:
-    """The next addition onto the stream, before any other attention's: tokens after the MLP."""
-    fallback = None
-    start = next(i for i, add in enumerate(record.adds) if add is mid)
-    for add in record.adds[start + 1 :]:
-        if add.result in mids:
+        after = [nodes[n].calls >> call.number & 1 for n in add.nodes]
+        if sum(after) == 2 and (found or pooled) and _follows(record, *add.nodes):
             break
-        ancestors = [record.nodes[n].ancestors for n in add.nodes]
-        if add.shape.numel() != mid.shape.numel() or not all(a >> mid.result & 1 for a in ancestors):
+        if sum(after) != 1 or (add.result >= limit and found is not None):
             continue
-        a, b = add.nodes
-        if a == b or not (ancestors[1] >> a & 1 or ancestors[0] >> b & 1):
+        skip = after.index(0)
+        if nodes[call.asks].ancestors >> add.nodes[skip] & 1:
+            if add.where is None or add.layouts[2] is not None:
+                found = Residual(add, skip)
+        elif add.result < limit and _at_queries(add, call):
+            pooled = Residual(add, None)
+    if found is not None and found.add.result > limit and pooled is not None:
+        return pooled
+    return found or pooled
+
+
+def _follows(record: Record, a: int, b: int) -> bool:
+    """Whether one of two nodes descends from the other."""
+    return bool(record.nodes[b].ancestors >> a & 1 or record.nodes[a].ancestors >> b & 1)
+
+
+def _at_queries(add: Add, call: Call) -> bool:
+    layout = add.layouts[2]
+    if layout is None or call.lead is None:
+        return False
+    return np.array_equal(layout[1], raster(first_image(call.lead, call.queries))[0])
+
+
+def _after_mlp(record: Record, found: Residual) -> Add | None:
+    """The next addition onto the stream, before any other attention's: tokens after the MLP."""
+    mid, nodes = found.add, record.nodes
+    before = mid.nodes[found.before] if found.before is not None else None
+    start = next(i for i, add in enumerate(record.adds) if add is mid)
+    fallback = None
+    for add in record.adds[start + 1 :]:
+        if nodes[add.result].calls & ~nodes[mid.result].calls:
+            break
+        if add.shape.numel() != mid.shape.numel() or add.nodes[0] == add.nodes[1]:
             continue
-        if mid.result in add.nodes:
-            return add
-        fallback = fallback or add
+        ancestors = [nodes[n].ancestors for n in add.nodes]
+        if all(a >> mid.result & 1 for a in ancestors):
+            if mid.result in add.nodes:
+                return add
+            if _follows(record, *add.nodes):
+                fallback = fallback or add
+        elif mid.result in add.nodes and before is not None:
+            other = ancestors[add.nodes.index(mid.result) ^ 1]
+            if other >> before & 1:
+                return add  # an MLP beside the attention: x + attention + mlp
     return fallback
 
 
-def _merged(drafts: Sequence[tuple]) -> list[tuple]:
+def _merged(record: Record, drafts: Sequence[tuple]) -> list[tuple]:
     """Calls that end in one addition and see the same places are the heads of one layer."""
     merged: list[tuple] = []
     for call, role, found in drafts:
         if merged:
             calls, last_role, last = merged[-1]
-            same = found and last and found[0] is last[0] and role == last_role
-            if same and _same_places(calls[0], call):
+            same = found and last and found.add is last.add and role == last_role
+            apart = not any(record.nodes[call.node].calls >> c.number & 1 for c in calls)
+            if same and apart and _same_places(calls[0], call):
                 merged[-1] = ((*calls, call), role, found)
                 continue
         merged.append(((call,), role, found))
@@ -145,62 +201,79 @@ def _same_places(a: Call, b: Call) -> bool:
     )
 
 
+# ---------------------------------------------------------------------- layers
+
+
 def _layer(
+    record: Record,
     index: int,
     calls: tuple[Call, ...],
     role: Role,
-    found: tuple[Add, int] | None,
+    found: Residual | None,
     out: Add | None,
     parts: Mapping[str, str],
 ) -> LayerPlan:
     call = calls[0]
-    taps: dict[str, Tap] = {}
+    groups: tuple[WindowGroup, ...] = ()
+    masked, prefix, padded, windows = False, 0, 0, 1
     positions = None
-    width = None
-    if found:
-        add, skip = found
-        for capture, where, one, operand in (
-            ("tokens_in", add.wheres[skip], add, skip),
-            ("tokens_mid", add.where, add, None),
-            ("tokens_out", out.where if out else None, out, None),
-        ):
-            layout = _tokens(where)
-            if layout is not None:
-                taps[capture] = Tap(one.ordinal, operand, layout[0], one.in_place)
-                positions = layout[1] if positions is None or capture == "tokens_mid" else positions
-                width = one.shape[layout[0].axes[-1]]
-    groups, masked, prefix, padded, windows = (), False, 0, 0, 1
-    if call.lead is not None and role != "channels":
+    if call.lead is not None and role not in ("channels", "untraced"):
         queries, keys = first_image(call.lead, call.queries), first_image(call.lead, call.keys)
-        own, numbers = raster(queries)
-        if positions is None or not np.array_equal(own, positions):
-            positions = (
-                own if positions is None or role != "tokens" or len(own) != len(positions) else positions
-            )
-            positions = own
+        positions, numbers = raster(queries)
         allowed = call.allowed.cpu().numpy() if call.allowed is not None else None
         groups, masked = window_groups(queries, keys, numbers, allowed)
         prefix = int(np.isnan(queries).any(-1).sum(1).max())
         padded = int(np.isinf(keys).any(-1).sum())
         windows = call.lead.windows
+    taps: dict[str, Tap] = {}
+    width = None
+    for capture, add, operand in _token_tensors(found, out):
+        layout = add.layouts[2 if operand is None else operand]
+        if layout is None or (positions is not None and not np.array_equal(layout[1], positions)):
+            continue
+        place = add.places[operand] if operand is not None else None
+        taps[capture] = Tap(
+            add.ordinal, place, layout[0], add.memory[2 if operand is None else operand] in record.written
+        )
+        positions, width = layout[1], add.shape[layout[0].axes[-1]]
     if positions is None:
         positions = np.zeros((0, 2))
-    if role == "channels" and "tokens_mid" in taps:
-        prefix = len(taps["tokens_mid"].layout.prefix)
+    if role == "channels" and taps:
+        prefix = len(next(iter(taps.values())).layout.prefix)
     grid, stride = grid_of(positions)
-    heads = sum(c.lead.heads if c.lead else 0 for c in calls)
+    sites = tuple(n for n in ("in", "mid", "out") if f"tokens_{n}" in taps)
     info = LayerInfo(
-        index=index, name=_common([c.path for c in calls]), depth=index + 1, part=_part(call.path, parts), stage=0, role=role,
-        kind=call.kind, heads=heads, prefix=prefix, width=width, grid=grid, stride=stride, positions=positions,
-        windows=windows, groups=groups, padded=padded, masked=masked,
-        sites=tuple(n for n, c in (("in", "tokens_in"), ("mid", "tokens_mid"), ("out", "tokens_out")) if c in taps),
+        index=index,
+        name=_common([c.path for c in calls]),
+        depth=index + 1,
+        part=_part(call.path, parts),
+        stage=0,
+        role=role,
+        kind=call.kind,
+        heads=sum(c.lead.heads if c.lead else 0 for c in calls),
+        prefix=prefix,
+        width=width,
+        grid=grid,
+        stride=stride,
+        positions=positions,
+        windows=windows,
+        groups=groups,
+        padded=padded,
+        masked=masked,
+        sites=sites,
         note=call.note,
-    )  # fmt: skip
+    )
     return LayerPlan(info, calls, taps)
 
 
-def _tokens(where: Where | None) -> tuple[TokenLayout, np.ndarray] | None:
-    return token_layout(where.rows) if where is not None else None
+def _token_tensors(found: Residual | None, out: Add | None) -> Iterator[tuple[str, Add, int | None]]:
+    if found is None:
+        return
+    if found.before is not None:
+        yield "tokens_in", found.add, found.before
+    yield "tokens_mid", found.add, None
+    if out is not None:
+        yield "tokens_out", out, None
 
 
 def _common(paths: list[str]) -> str:
@@ -221,36 +294,66 @@ def _part(path: str, declared: Mapping[str, str]) -> str:
     return "decoder" if re.search(r"(^|[._])decoder", path) else "encoder"
 
 
-def _placed(
-    info: LayerInfo, layers: list[LayerPlan], found: tuple[Add, int] | None, previous: Add | None
-) -> LayerInfo:
-    """Stage, and whether the layer's input is a token site of its own (nobody's output)."""
-    if not layers:
-        return replace(info, starts=True)
-    last = layers[-1].info
-    seen = list(dict.fromkeys((p.info.part, p.info.grid, p.info.width) for p in layers if p.info.part == info.part))
+def _starts(info: LayerInfo, layers: Sequence[LayerPlan], found: Residual | None, streams: set[int]) -> bool:
+    """Whether the tokens before a layer are a site of their own: nobody's result, and the first so shaped."""
+    if found is None or found.before is None:
+        return False
     shape = (info.part, info.grid, info.width)
-    stage = seen.index(shape) if shape in seen else len(seen)
-    changed = shape != (last.part, last.grid, last.width)
-    continues = found and previous is not None and found[0].nodes[found[1]] == previous.result
-    return replace(info, stage=stage, starts=bool(changed or not (continues or "out" in last.sites)))
+    known = [p.info for p in layers if (p.info.part, p.info.grid, p.info.width) == shape]
+    return found.add.nodes[found.before] not in streams and not any("mid" in i.sites for i in known)
 
 
-def _warnings(layers: Sequence[LayerPlan]) -> list[str]:
-    warnings = []
-    padded = [p.info.name for p in layers if p.info.padded]
-    if padded:
-        warnings.append(
-            f"{len(padded)} layers attend to padding (first: '{padded[0]}'); padded keys are dropped and rows renormalised"
+def _stages(layers: Sequence[LayerPlan]) -> list[int]:
+    """Stages of a part are its token grids and widths, in order; an unknown width is the next one's."""
+    shapes: list[tuple] = []
+    for i, plan in enumerate(layers):
+        info = plan.info
+        same = [
+            p.info for p in (*layers[i:], *layers[:i]) if (p.info.part, p.info.grid) == (info.part, info.grid)
+        ]
+        width = next((s.width for s in same if s.width is not None), None)
+        shapes.append((info.part, info.grid, width))
+    return [list(dict.fromkeys(s for s in shapes if s[0] == shape[0])).index(shape) for shape in shapes]
+
+
+# ---------------------------------------------------------------------- what a reader should know
+
+
+def _warnings(layers: Sequence[LayerPlan]) -> Iterator[str]:
+    def those(chosen: Callable[[LayerPlan], object], what: str) -> Iterator[str]:
+        names = [p.info.name for p in layers if chosen(p)]
+        if names:
+            yield what.format(f"{len(names)} layers (first: '{names[0]}')")
+
+    yield from those(
+        lambda p: p.info.padded, "{} attend to padding; padded keys are dropped and rows renormalised"
+    )
+    yield from those(lambda p: p.info.role == "untraced", "token positions could not be traced in {}")
+    yield from those(lambda p: "tokens_mid" not in p.taps, "no residual addition was found around {}")
+    yield from those(
+        lambda p: p.calls[0].shared,
+        "{} ask the same queries in every window; a query's place is the token it writes to",
+    )
+
+
+def _misplaced(record: Record, layers: Sequence[LayerPlan]) -> Iterator[str]:
+    """Layers whose attention lands on other tokens than those that asked."""
+    adds = {add.ordinal: add for add in record.adds}
+    for plan in layers:
+        tap = plan.taps.get("tokens_mid")
+        places = (
+            [_ordered(*found) if found else None for found in adds[tap.ordinal].layouts[:2]] if tap else []
         )
-    untraced = [p.info.name for p in layers if p.info.role == "untraced"]
-    if untraced:
-        warnings.append(
-            f"token positions could not be traced in {len(untraced)} layers (first: '{untraced[0]}')"
-        )
-    lost = [p.info.name for p in layers if "tokens_mid" not in p.taps]
-    if lost:
-        warnings.append(
-            f"no residual addition was found around {len(lost)} attention layers (first: '{lost[0]}')"
-        )
-    return warnings
+        if len(places) == 2 and all(p is not None for p in places):
+            a, b = places
+            if a.shape != b.shape or not np.allclose(
+                a, b, atol=0.51 * min(plan.info.stride or (1,)), equal_nan=True
+            ):
+                yield f"attention of '{plan.info.name}' is added to tokens at other places than it asked from"
+
+
+def _ordered(layout: TokenLayout, positions: np.ndarray) -> np.ndarray:
+    """Positions of a token tensor's tokens in its own order, (tokens, 2)."""
+    places = np.full((layout.total, 2), np.nan)
+    places[layout.order] = positions
+    return places

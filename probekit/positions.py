@@ -6,14 +6,14 @@ permutations, rolls, paddings, gathers and concatenations are replayed on the po
 moves them by its stride; a linear map averages over what it mixes (patch merging). So windows, cyclic
 shifts, shuffles, prefix tokens, real strides and pooled keys need no per-model code: they are read off.
 
-Marks: NaN is a token that stands for no place (CLS, registers: it comes from a parameter), +inf is padding.
+Marks: a token that stands for no place (CLS, registers: it comes from a parameter) has NaN for all three.
+Padding belongs to no image: its image number is +inf, its place is where the grid would go on.
 """
 
 from __future__ import annotations
 
 import math
-import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,14 +23,14 @@ from torch import Tensor
 
 PAD = math.inf
 
-REARRANGE = frozenset(
-    """view reshape permute transpose flatten unflatten contiguous unbind chunk split split_with_sizes
-    tensor_split __getitem__ squeeze unsqueeze expand expand_as roll narrow select movedim moveaxis swapaxes
-    swapdims t repeat repeat_interleave tile broadcast_to view_as reshape_as flip gather index_select
-    take_along_dim unfold rot90 hsplit vsplit dsplit diagonal adjoint""".split()
-)
+_REARRANGE = """view reshape permute transpose flatten unflatten contiguous unbind chunk split
+split_with_sizes tensor_split __getitem__ squeeze unsqueeze expand expand_as roll narrow select movedim
+moveaxis swapaxes swapdims t repeat repeat_interleave tile broadcast_to view_as reshape_as flip gather
+index_select take_along_dim unfold rot90 hsplit vsplit dsplit diagonal adjoint pixel_shuffle
+pixel_unshuffle channel_shuffle"""
+REARRANGE = frozenset(_REARRANGE.split())
+CHOOSE = frozenset({"__getitem__", "gather", "index_select", "take_along_dim"})
 JOIN = frozenset({"cat", "concat", "concatenate", "stack", "hstack", "vstack"})
-CONTRACT = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "baddbmm", "einsum", "linear"})
 REDUCE = frozenset({"mean", "sum", "amax", "max", "amin", "min", "adaptive_avg_pool2d"})
 POOL = frozenset({"avg_pool2d", "max_pool2d", "_max_pool2d", "max_pool2d_with_indices"})
 
@@ -42,11 +42,13 @@ class Where:
     rows:   (image, y, x), each shaped like the tensor (mostly stride-0 views)
     keys:   for a map of scores between tokens, the same of the token attended to; `rows` is the query's
     scores: the number of the call that made those scores
+    turned: the scores were made as k q^T
     """
 
     rows: tuple[Tensor, Tensor, Tensor]
     keys: tuple[Tensor, Tensor, Tensor] | None = None
     scores: int | None = None
+    turned: bool = False
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Where:
         keys = tuple(change(t) for t in self.keys) if self.keys else None
@@ -55,33 +57,6 @@ class Where:
     @property
     def shape(self) -> torch.Size:
         return self.rows[0].shape
-
-
-@dataclass(frozen=True)
-class Contraction:
-    """A product of two tensors in einsum letters: `left`, `right` -> `out`, of arguments `a` and `b`."""
-
-    left: str
-    right: str
-    out: str
-    a: Tensor
-    b: Tensor
-
-    @property
-    def summed(self) -> str:
-        return "".join(c for c in self.left if c in self.right and c not in self.out)
-
-    @property
-    def shared(self) -> str:
-        return "".join(c for c in self.out if c in self.left and c in self.right)
-
-    @property
-    def left_only(self) -> str:
-        return "".join(c for c in self.out if c not in self.right)
-
-    @property
-    def right_only(self) -> str:
-        return "".join(c for c in self.out if c not in self.left)
 
 
 def of_image(images: Tensor) -> Where:
@@ -94,85 +69,26 @@ def of_image(images: Tensor) -> Where:
     return Where(tuple(t.expand(images.shape) for t in (image, y, x)))
 
 
-def contraction(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Contraction | None:
-    """The einsum form of a matrix product, or None where the call isn't a product of two tensors."""
-    if name == "einsum":
-        operands = args[1:] if len(args) > 2 else args[1]
-        if not isinstance(args[0], str) or len(operands) != 2:
-            return None
-        a, b = operands
-        left, right, out = _subscripts(args[0], a.dim(), b.dim())
-        return Contraction(left, right, out, a, b)
-    if name == "linear":
-        a, b = args[0], args[1] if len(args) > 1 else kwargs["weight"]
-        lead = string.ascii_letters[: a.dim() - 1]
-        return Contraction(lead + "Z", "YZ", lead + "Y", a, b)
-    a, b = args[-2:] if name == "baddbmm" else args[:2] if len(args) > 1 else (args[0], kwargs.get("mat2"))
-    if name == "__rmatmul__":
-        a, b = b, a
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)) or min(a.dim(), b.dim()) < 2:
-        return None
-    lead = string.ascii_lowercase[: max(a.dim(), b.dim()) - 2]
-    left, right = (lead[len(lead) - (t.dim() - 2) :] for t in (a, b))
-    return Contraction(left + "XZ", right + "ZY", lead + "XY", a, b)
-
-
-def _subscripts(equation: str, a_dims: int, b_dims: int) -> tuple[str, str, str]:
-    """Explicit letters of a two-operand einsum equation, the ellipsis spelled out."""
-    equation = equation.replace(" ", "")
-    inputs, arrow, out = equation.partition("->")
-    left, right = inputs.split(",")
-    free = [c for c in string.ascii_letters if c not in equation]
-    extra = [dims - len(s.replace("...", "")) for s, dims in ((left, a_dims), (right, b_dims)) if "..." in s]
-    dots = "".join(free[: max(extra, default=0)])
-    if not arrow:
-        letters = left.replace("...", "") + right.replace("...", "")
-        out = "..." + "".join(sorted(c for c in set(letters) if letters.count(c) == 1))
-
-    def spell(text: str, dims: int) -> str:
-        n = dims - len(text.replace("...", ""))
-        return text.replace("...", dots[len(dots) - n :] if n else "")
-
-    return spell(left, a_dims), spell(right, b_dims), out.replace("...", dots)
-
-
 def collapse(t: Tensor, dim: int) -> Tensor:
-    """Positions along `dim` become one: their common value, else their mean (patch merging)."""
+    """Positions along `dim` become one: their common value, else their mean (patch merging).
+
+    What is padding doesn't count, unless all is.
+    """
     if t.size(dim) == 1 or t.stride(dim) == 0:
         return t.select(dim, 0)
     first = t.select(dim, 0)
     same = (t == first.unsqueeze(dim)) | (t.isnan() & first.isnan().unsqueeze(dim))
     if bool(same.all()):
         return first
-    return torch.round(t.mean(dim) * 1024) / 1024
+    padding = t.isposinf()
+    mean = t.masked_fill(padding, 0).sum(dim) / (~padding).sum(dim)
+    mean = torch.where(padding.all(dim), PAD, mean)
+    return torch.round(mean * 1024) / 1024
 
 
-def _project(t: Tensor, letters: str, out: str, shape: torch.Size) -> Tensor:
-    for axis in reversed(range(len(letters))):
-        if letters[axis] not in out:
-            t = collapse(t, axis)
-    kept = [c for c in letters if c in out]
-    t = t.permute([kept.index(c) for c in out if c in kept])
-    for axis, c in enumerate(out):
-        if c not in kept:
-            t = t.unsqueeze(axis)
-    return t.expand(shape)
-
-
-def through_contraction(
-    c: Contraction, a: Where | None, b: Where | None, out: Tensor, number: int
-) -> Where | None:
-    """Positions of a product: the rows' from the left, and, for scores between tokens, the keys' too."""
-    if b is not None and b.keys is not None and (a is None or a.keys is None):
-        return Where(tuple(_project(t, c.right, c.out, out.shape) for t in b.rows))
-    if a is not None and a.keys is not None and b is not None:
-        return Where(tuple(_project(t, c.left, c.out, out.shape) for t in a.rows))
-    if a is not None and b is not None:
-        rows = tuple(_project(t, c.left, c.out, out.shape) for t in a.rows)
-        keys = tuple(_project(t, c.right, c.out, out.shape) for t in b.rows)
-        return Where(rows, keys, number)
-    source, letters = (a, c.left) if a is not None else (b, c.right)
-    return source.map(lambda t: _project(t, letters, c.out, out.shape)) if source is not None else None
+def nowhere(t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The positions of a tensor that has none, such as learned queries: no place at all."""
+    return (torch.full((), math.nan, device=t.device).expand(t.shape),) * 3
 
 
 def _regular(centres: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -208,18 +124,20 @@ def through_sliding_window(
     (ky, kx), (sy, sx), (dy, dx) = (_pair(v) for v in (kernel, stride, dilation))
     py, px = (dy * (ky - 1) / 2, dx * (kx - 1) / 2) if padding == "same" else _pair(padding or 0)
     image, y, x = (t.select(1, 0) for t in where.rows)
-    ys = _axis(y[:, :, 0], out.size(-2), ky, sy, py, dy)
-    xs = _axis(x[:, 0, :], out.size(-1), kx, sx, px, dx)
-    if ys is None or xs is None:
-        return where if out.shape == where.shape else None
-    shape = out.shape
-    return Where(
-        (
-            _inner(image).expand(shape),
-            ys.view(shape[0], 1, shape[2], 1).expand(shape),
-            xs.view(shape[0], 1, 1, shape[3]).expand(shape),
-        )
-    )
+    height, width = y.shape[1:]
+    ys = _axis(y[:, :, width // 2], out.size(-2), ky, sy, py, dy)
+    xs = _axis(x[:, height // 2, :], out.size(-1), kx, sx, px, dx)
+    if ys is not None and xs is not None:
+        return _on_grid(image, ys, xs, out.shape)
+    if out.shape[-2:] == where.shape[-2:] and (sy, sx) == (1, 1):  # not a grid, but each stays in its place
+        return Where(tuple(t.unsqueeze(1).expand(out.shape) for t in (image, y, x)))
+    return None
+
+
+def _on_grid(image: Tensor, ys: Tensor, xs: Tensor, shape: torch.Size) -> Where:
+    """Positions of (B, C, h, w) maps from rows' (B, h) and columns' (B, w) centres."""
+    parts = (_inner(image), ys[:, None, :, None], xs[:, None, None, :])
+    return Where(tuple(t.expand(shape) for t in parts))
 
 
 def _inner(image: Tensor) -> Tensor:
@@ -233,23 +151,42 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 
 def through_call(
-    name: str, func: Callable, args: Sequence[Any], kwargs: dict[str, Any], out: Any, lookup: Callable
+    name: str,
+    func: Callable,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    out: Any,
+    lookup: Callable,
+    tracked: Callable,
 ) -> Any:
     """Positions of what any other call returned: a `Where`, a tuple of them for several outputs, or None.
 
-    `lookup(tensor)` gives the `Where` of an input. None means the trail is lost here.
+    `lookup(tensor)` gives the `Where` of an input, `tracked(tensor)` whether it descends from the image at
+    all. None means the trail is lost here.
     """
     first = args[0] if args else None
     if name in JOIN:
-        return _join(func, first, args, kwargs, lookup)
+        return _join(func, first, args, kwargs, lookup, tracked)
     where = lookup(first) if isinstance(first, Tensor) else None
     if where is not None and (name in REARRANGE or name == "__get__"):
+        if name in CHOOSE and any(tracked(t) for t in tensors_in((*args[1:], *kwargs.values()))):
+            return None  # chosen by what is in the image (token pruning): another image has other places
         return _replay(func, where, args, kwargs)
     if where is not None and name == "pad":
         mode = args[2] if len(args) > 2 else kwargs.get("mode", "constant")
-        if mode != "constant":
-            return where.map(lambda t: F.pad(t, args[1], mode=mode))
-        return where.map(lambda t: F.pad(t, args[1] if len(args) > 1 else kwargs["pad"], value=PAD))
+        amounts = args[1] if len(args) > 1 else kwargs["pad"]
+        return (
+            where.map(lambda t: F.pad(t, amounts, mode=mode))
+            if mode != "constant"
+            else _padded(where, amounts)
+        )
+    if where is not None and name == "conv1d":
+        t = where.map(lambda t: t.select(1, 0).unsqueeze(1))
+        return t.map(lambda t: t.expand(out.shape)) if out.size(-1) == where.shape[-1] else None
+    if where is not None and where.keys is not None and name == "conv2d":  # heads are mixed
+        if out.shape[-2:] != where.shape[-2:]:
+            return None
+        return where.map(lambda t: t.narrow(1, 0, 1).expand(out.shape))
     if where is not None and name in ("conv2d", *POOL) and len(where.shape) == 4:
         return through_sliding_window(
             where, out if isinstance(out, Tensor) else out[0], *_window(name, args, kwargs)
@@ -277,6 +214,45 @@ def _window(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any
     return get["kernel_size"], stride, get.get("padding", 0), 1
 
 
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists and tuples."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_in(value)
+
+
+def _padded(where: Where, amounts: Sequence[int]) -> Where:
+    """Positions after padding with a constant: the grid goes on, but in no image."""
+    sides = [(len(where.shape) - 1 - i // 2, amounts[i], amounts[i + 1]) for i in range(0, len(amounts), 2)]
+
+    def go_on(t: Tensor) -> Tensor:
+        for axis, before, after in sides:
+            if not before and not after:
+                continue
+            n = t.size(axis)
+            small = t[tuple(slice(0, 1) if t.stride(a) == 0 else slice(None) for a in range(t.dim()))]
+            small = small.expand([n if a == axis else small.size(a) for a in range(t.dim())]).movedim(
+                axis, -1
+            )
+            found = _regular(small)
+            if found is None:
+                pad = [0, 0] * (t.dim() - 1 - axis) + [before, after]
+                t = F.pad(t, pad, value=PAD)
+                continue
+            place = torch.arange(-before, n + after, device=t.device, dtype=t.dtype)
+            longer = (found[0] + found[1] * place).movedim(-1, axis)
+            t = longer.expand([n + before + after if a == axis else t.size(a) for a in range(t.dim())])
+        return t
+
+    def change(channels: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        image, y, x = channels
+        return F.pad(image, list(amounts), value=PAD), go_on(y), go_on(x)
+
+    return replace(where, rows=change(where.rows), keys=change(where.keys) if where.keys else None)
+
+
 def _replay(func: Callable, where: Where, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if getattr(func, "__name__", "") == "view":
         func = torch.Tensor.reshape  # positions are stride-0 views, which `view` may refuse
@@ -294,21 +270,34 @@ def _pack(where: Where, channels: Sequence[Tensor]) -> Where:
 
 
 def _join(
-    func: Callable, tensors: Any, args: Sequence[Any], kwargs: dict[str, Any], lookup: Callable
+    func: Callable,
+    tensors: Any,
+    args: Sequence[Any],
+    kwargs: dict[str, Any],
+    lookup: Callable,
+    tracked: Callable,
 ) -> Where | None:
     if tensors is None:
         tensors, args = kwargs["tensors"], (None,)
         kwargs = {k: v for k, v in kwargs.items() if k != "tensors"}
     found = [lookup(t) for t in tensors]
     known = next((w for w in found if w is not None), None)
-    if known is None:
+    if known is None or any(w is None and tracked(t) for w, t in zip(found, tensors, strict=True)):
         return None
+
+    dim = args[1] if len(args) > 1 else kwargs.get("dim", 0)
+    dim = dim % tensors[0].dim() if func.__name__.startswith("c") else None
 
     def channel(pick: Callable[[Where], Tensor]) -> Tensor:
         blank = [torch.full((), math.nan, device=pick(known).device).expand(t.shape) for t in tensors]
-        return func(
-            [pick(w) if w is not None else b for w, b in zip(found, blank, strict=True)], *args[1:], **kwargs
-        )
+        parts = [pick(w) if w is not None else b for w, b in zip(found, blank, strict=True)]
+        if dim is None:
+            return func(parts, *args[1:], **kwargs)
+        flat = [a for a in range(parts[0].dim()) if a != dim and all(t.stride(a) == 0 for t in parts)]
+        shape = [n if a in flat else -1 for a, n in enumerate(parts[0].shape)]
+        for axis in flat:  # what is the same all along an axis stays a view
+            parts = [t.narrow(axis, 0, 1) for t in parts]
+        return torch.cat(parts, dim).expand(shape)
 
     rows = tuple(channel(lambda w, i=i: w.rows[i]) for i in range(3))
     if known.keys is None or any(w is not None and w.keys is None for w in found):
@@ -323,8 +312,19 @@ def _average(where: Where, name: str, args: Sequence[Any], kwargs: dict[str, Any
     dims = args[1] if len(args) > 1 else kwargs.get("dim")
     if dims is None or isinstance(dims, Tensor):
         return None
-    keep = (args[2] if len(args) > 2 else kwargs.get("keepdim")) or False
-    return where.map(lambda t: t.mean(dims, keepdim=keep))
+    keep = bool(args[2] if len(args) > 2 else kwargs.get("keepdim"))
+    axes = sorted(
+        (d % len(where.shape) for d in (dims if isinstance(dims, (tuple, list)) else (dims,))), reverse=True
+    )
+
+    def mean(t: Tensor) -> Tensor:
+        for axis in axes:
+            t = collapse(t, axis)
+        for axis in reversed(axes if keep else ()):
+            t = t.unsqueeze(axis)
+        return t
+
+    return where.map(mean)
 
 
 def _resampled(where: Where, out: Tensor) -> Where | None:
@@ -337,26 +337,28 @@ def _resampled(where: Where, out: Tensor) -> Where | None:
             return None
         ratio = centres.size(-1) / size
         axes.append(found[0] + found[1] * ((torch.arange(size, device=out.device) + 0.5) * ratio - 0.5))
-    ys, xs = axes
-    b, _, h, w = out.shape
-    return Where(tuple(t.expand(out.shape) for t in (_inner(image), ys.view(b, 1, h, 1), xs.view(b, 1, 1, w))))
+    return _on_grid(image, *axes, out.shape)
 
 
 def _assigned(args: Sequence[Any], where: Where | None, lookup: Callable) -> Where | None:
-    """Positions of a tensor after ``tensor[index] = value``: its own, or those of what is written into it."""
+    """Positions of a tensor after ``tensor[index] = value``: its own and, where written to, the value's."""
     target, index, value = args
-    if where is not None:
-        return where
     source = lookup(value) if isinstance(value, Tensor) else None
     if source is None:
-        return None
+        return where
+    if where is None:
+        where = Where(nowhere(target), nowhere(target) if source.keys else None, source.scores, source.turned)
 
-    def write(t: Tensor) -> Tensor:
-        blank = torch.full(target.shape, math.nan, device=t.device)
-        blank[index] = t
-        return blank
+    def write(t: Tensor, written: Tensor) -> Tensor:
+        t = t.clone(memory_format=torch.contiguous_format)
+        t[index] = written
+        return t
 
-    return source.map(write)
+    def both(target: Sequence[Tensor], written: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        return tuple(write(t, w) for t, w in zip(target, written, strict=True))
+
+    keys = both(where.keys, source.keys) if where.keys and source.keys else None
+    return replace(where, rows=both(where.rows, source.rows), keys=keys)
 
 
 def _same_shape(args: Sequence[Any], kwargs: dict[str, Any], out: Tensor, lookup: Callable) -> Where | None:

@@ -125,16 +125,31 @@ def map_dataset(path: Path, name: str) -> np.ndarray:
 
     Raises as `read_shard` does, and StoreError for a dataset of strings.
     """
+    return map_shard(path, [name])[name]
+
+
+def map_shard(path: Path, names: Sequence[str], *, verify: bool = False) -> dict[str, np.ndarray]:
+    """`map_dataset` of several datasets; with `verify` each is compared with its checksum."""
+    places = {}
     with _opened(path) as (file, _, found):
-        if name not in found:
-            raise StoreError(f"shard '{path}' has no dataset '{name}'", hint=f"it has {', '.join(found)}")
-        dataset = file[name]
-        dtype, shape, offset = dataset.dtype, dataset.shape, dataset.id.get_offset()
-    if dtype.kind == "S":
-        raise StoreError(f"dataset '{name}' of shard '{path}' holds strings and can't be mapped")
-    if offset is None or 0 in shape:
-        return np.empty(shape, dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape)
+        for name in names:
+            if name not in found:
+                raise StoreError(f"shard '{path}' has no dataset '{name}'", hint=f"it has {', '.join(found)}")
+            dataset = file[name]
+            wanted = _text(dataset.attrs["xxh3_128"])
+            places[name] = dataset.dtype, dataset.shape, dataset.id.get_offset(), wanted
+    maps = {}
+    for name, (dtype, shape, offset, wanted) in places.items():
+        if dtype.kind == "S":
+            raise StoreError(f"dataset '{name}' of shard '{path}' holds strings and can't be mapped")
+        empty = offset is None or 0 in shape
+        array = np.empty(shape, dtype) if empty else np.memmap(path, dtype, "r", offset, shape)
+        if verify and checksum(array) != wanted:
+            raise DamagedShard(
+                f"shard '{path}' is damaged: dataset '{name}' doesn't match its checksum", hint=_RECOMPUTE
+            )
+        maps[name] = array
+    return maps
 
 
 def shard_problem(path: Path, expect_attrs: Mapping[str, Any], *, verify: bool = False) -> str | None:

@@ -70,7 +70,9 @@ class Layout(_Frozen):
     ignore:    glob patterns, matched on the full key before stripping, that may go unused;
                they win over `prefix`
     rename:    (regular expression, replacement) pairs, applied in order after stripping
-    convert:   optional ``"module:function"``: (state, module) -> state, for what renaming can't do
+    convert:   optional ``"module:function"``: (state, module) -> state, for what renaming can't do,
+               and for telling a file of another kind: a WeightsError raised there goes on from the
+               file's name ("is a fine-tuned ..., not a ...")
     hint:      the way out when a file doesn't fit
     """
 

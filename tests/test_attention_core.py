@@ -317,6 +317,14 @@ def test_prefix_that_takes_nearly_all_attention(mass):
     close(stats_from_probabilities(renormalise(full[..., 1:]), d), expected)
 
 
+def test_one_hot_rows_have_no_negative_entropy():
+    g = torch.Generator().manual_seed(0)
+    p = torch.eye(4)[:1] * torch.rand(500, 2, 1, 1, generator=g)  # one query an image: nothing averages out
+    stats = stats_from_probabilities(p, torch.ones(1, 1, 1, 4))
+    assert (stats.conditional_entropy >= 0).all() and stats.conditional_entropy.max() < 1e-6
+    assert (stats.information <= stats.key_entropy).all()
+
+
 def test_small_information_is_not_lost():
     """Nearly uniform attention, as in the last layers of contrastive models."""
     q, k, scale, d = case(2, 4, 196, 64, gain=0.05)

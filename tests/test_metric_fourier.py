@@ -128,6 +128,13 @@ def test_constant_map_is_at_the_floor(value):
     assert (got["floor_channels"] == 1).all()
 
 
+@pytest.mark.parametrize("size", [1e-9, 1e-7, 1e-5])
+def test_amplitudes_near_the_floor(size):
+    """The published epsilon is added, not a lower bound."""
+    maps = noise(2, 14, 14, 24) * size
+    np.testing.assert_allclose(measure(maps)["log_amplitude"], notebook(maps), rtol=1e-6, atol=1e-5)
+
+
 def test_dead_and_constant_channels_are_counted():
     maps = noise(2, 14, 14, 8)
     maps[0, ..., :2] = 0  # dead

@@ -115,7 +115,8 @@ def main(arguments: list[str] | None = None) -> int:
     command = typer.main.get_command(app)
     try:
         result = command.main(rest, prog_name="probekit", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        code = result if isinstance(result, int) else 0
+        return _interrupted() if code == 130 else code  # typer makes this of Ctrl-C
     except ProbekitError as error:
         if state.debug():
             traceback.print_exc()
@@ -124,8 +125,7 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Exit as end:
         return end.exit_code
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted: the same command goes on from here", file=sys.stderr)
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         sys.stderr.close()  # a reader such as `head` left; nothing more can be said
         return 0
@@ -134,6 +134,11 @@ def main(arguments: list[str] | None = None) -> int:
             error.show()
             return error.exit_code
         raise
+
+
+def _interrupted() -> int:
+    print("interrupted: the same command goes on from here", file=sys.stderr)
+    return 130
 
 
 def print_error(error: ProbekitError) -> None:

@@ -86,19 +86,26 @@ def _table(anatomy: Any) -> None:
             groups[-1][1].append(layer)
         else:
             groups.append((look, [layer]))
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("depth", "layers", "part", "heads", "width", "prefix", "grid", "stride", "attention"):
-        table.add_column(name, overflow="fold")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in ("depth", "layers", "part", "heads", "prefix", "grid", "stride", "attention"):
+        table.add_column(name, no_wrap=name != "attention", overflow="ellipsis")
     for _, layers in groups:
         first, last = layers[0], layers[-1]
         depth = f"{first.depth}" if first is last else f"{first.depth}-{last.depth}"
-        names = first.name if first is last else f"{first.name} ... {last.name}"
+        names = _span(first.name, last.name)
         grid = "x".join(map(str, first.grid)) if first.grid else "none"
         stride = "x".join(f"{s:g}" for s in dict.fromkeys(first.stride)) if first.stride else ""
-        what = first.window if first.role == "tokens" else f"{first.window}, {first.role}"
+        window = first.window.replace(", masked regions", " masked")
+        what = window if first.role == "tokens" else f"{window}, {first.role}"
         part = f"{first.part} {first.stage}" if anatomy.layers[-1].stage or first.part != "encoder" else first.part
-        table.add_row(depth, names, part, str(first.heads), str(first.width or ""), str(first.prefix), grid, stride, what)
+        table.add_row(depth, names, part, str(first.heads), str(first.prefix), grid, stride, what)
     Console(width=min(Console().width, 110)).print(table, markup=False, highlight=False)
+
+
+def _span(first: str, last: str) -> str:
+    """``blocks.0-11.attn`` for the first and last of similar names."""
+    parts = [a if a == b else f"{a}-{b}" for a, b in zip(first.split("."), last.split("."), strict=False)]
+    return ".".join(parts)
 
 
 def fetch_command(

@@ -14,7 +14,7 @@ import typer
 from probekit.cli import state
 
 if TYPE_CHECKING:
-    from probekit.run import Event, Forecast
+    from probekit.execution import Event, Forecast
     from probekit.runfolder import Run
 
 
@@ -82,7 +82,7 @@ def run_command(
     folder, resumed = (out, out.exists()) if out is not None else choose_folder(resolved)
     counts = [_count(len(resolved.models), "model"), _count(len(resolved.metrics), "metric"), _count(len(resolved.datasets), "dataset")]
     if dry_run:
-        from probekit.run import forecast
+        from probekit.execution import forecast
 
         return _dry_run(forecast(resolved, catalog, folder), folder, " x ".join(counts), as_json)
     if not as_json:
@@ -90,7 +90,7 @@ def run_command(
         for entry in resolved.models:
             if entry.spec.published_as:
                 typer.echo(f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.published_as}")
-    from probekit.run import execute
+    from probekit.execution import execute
 
     with _shown(as_json, len(resolved.models) * len(resolved.datasets)) as listen:
         run = execute(resolved, catalog, folder, listen)
@@ -159,7 +159,7 @@ def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) ->
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "cells": [asdict(f) for f in found]}, indent=2))
         return 0
-    from probekit.shards import human_bytes
+    from probekit.sealing import human_bytes
 
     passes = sum(f.remaining > 0 for f in found)
     seconds = sum(f.seconds for f in found)

@@ -1,12 +1,8 @@
-"""From a run's results to plain data that can be drawn: curves over depth, and the same as a table.
-
-No drawing here, and no HTML: every report may start from `charts`.
-"""
+"""From a run's results to charts of plain data: every report may start from `charts`. No drawing, no HTML."""
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -14,167 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probekit.errors import StoreError
+from probekit.reports.charts import Baseline, Chart, Curve, Panel, Point, clean, is_untrained
 
 if TYPE_CHECKING:
     import xarray as xr
 
     from probekit.runfolder import Run
-
-NAN = float("nan")
-_SITE_ORDER = {"out": 0, "attention": 0, "mid": 0, "embed": 1}  # at one depth: the last layer's output first
-
-
-@dataclass(frozen=True)
-class Point:
-    """One row of a result's layer axis. `low` and `high` bound the mean; `spread` is the standard deviation
-    over heads. All three are NaN where there are none."""
-
-    depth: float
-    layer: str
-    site: str
-    part: str
-    stage: int
-    mean: float
-    low: float = NAN
-    high: float = NAN
-    spread: float = NAN
-
-
-@dataclass(frozen=True)
-class Section:
-    """A stretch of the depth axis: a part of the model, a stage, or a stage of a part."""
-
-    label: str
-    start: float
-    stop: float
-
-
-@dataclass(frozen=True)
-class Curve:
-    """One model's values over depth.
-
-    untrained: its weights are random: a baseline for the others
-    images:    how many the mean is over
-    at:        where on an inner axis the values were taken: ``frequency 0.857``
-    """
-
-    model: str
-    points: tuple[Point, ...]
-    untrained: bool = False
-    images: int = 0
-    at: str = ""
-
-    @property
-    def segments(self) -> list[list[Point]]:
-        """Points to be joined by a line: a part of the model each, and a stage where new tokens begin it."""
-        return _segments(self.line, lambda a, b: a.part != b.part or b.site == "embed")
-
-    @property
-    def line(self) -> list[Point]:
-        """The points of the line; the paper draws embedding and layer outputs, without what lies between."""
-        return [p for p in self.points if p.site != "mid"]
-
-    @property
-    def between(self) -> list[Point]:
-        """Token sites between attention and MLP."""
-        return [p for p in self.points if p.site == "mid"]
-
-    @property
-    def sections(self) -> list[Section]:
-        """Parts and stages, in order; empty where the model has one of each."""
-        groups = _segments(self.points, lambda a, b: (a.part, a.stage) != (b.part, b.stage))
-        if len(groups) < 2:
-            return []
-        parts = list(dict.fromkeys(g[0].part for g in groups))
-        staged = {part for part in parts if len({g[0].stage for g in groups if g[0].part == part}) > 1}
-        ends = [(g[0].depth, g[-1].depth) for g in groups]
-        edges = [ends[0][0], *((a[1] + b[0]) / 2 for a, b in zip(ends, ends[1:], strict=False)), ends[-1][1]]
-        found = []
-        for number, group in enumerate(groups):
-            names = [group[0].part] if len(parts) > 1 else []
-            names += [f"stage {group[0].stage}"] if group[0].part in staged else []
-            found.append(Section(" ".join(names), edges[number], edges[number + 1]))
-        return found
-
-
-@dataclass(frozen=True)
-class Baseline:
-    """What a value would be whatever the images: attention equal over all keys, white noise."""
-
-    name: str
-    points: tuple[Point, ...]
-    models: tuple[str, ...]
-
-    @property
-    def segments(self) -> list[list[Point]]:
-        """A stage each: another token grid has another baseline."""
-        line = [p for p in self.points if p.site != "mid"]
-        return _segments(line, lambda a, b: (a.part, a.stage) != (b.part, b.stage))
-
-
-@dataclass(frozen=True)
-class TableRow:
-    """One line of a panel's table. `points` by model; `baselines` in the panel's order, NaN for none."""
-
-    depth: float
-    site: str
-    part: str
-    stage: str
-    layer: str
-    points: Mapping[str, Point]
-    baselines: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class Panel:
-    """All models' curves on one dataset."""
-
-    dataset: str
-    curves: tuple[Curve, ...]
-    baselines: tuple[Baseline, ...]
-
-    def table(self) -> list[TableRow]:
-        """One row for each depth and site, the models side by side."""
-        found: dict[tuple[float, str, str], dict[str, Point]] = {}
-        for curve in self.curves:
-            for point in curve.points:
-                found.setdefault((point.depth, point.site, point.part), {})[curve.model] = point
-        base = [{(p.depth, p.site, p.part): p.mean for p in b.points} for b in self.baselines]
-        rows = []
-        for key in sorted(found, key=lambda k: (k[0], _SITE_ORDER.get(k[1], 0), k[2])):
-            points = found[key]
-            stages = list(dict.fromkeys(str(p.stage) for p in points.values()))
-            layers = list(dict.fromkeys(p.layer for p in points.values()))
-            values = tuple(b.get(key, NAN) for b in base)
-            rows.append(TableRow(*key, " / ".join(stages), " / ".join(layers), points, values))
-        return rows
-
-
-@dataclass(frozen=True)
-class Chart:
-    """One metric: a panel a dataset.
-
-    metric:        as asked for, ``nmi:compat=cl-vs-mim``
-    value:         the variable that is drawn, ``nmi``
-    reading:       how to read it, one sentence; `limits`: what it does not show. "" where the metric says none
-    conventions:   what a reader needs to compare the numbers with another tool's
-    reduced:       how one image's values became one number a layer, "" without inner axes
-    others:        further values the results hold
-    """
-
-    metric: str
-    value: str
-    units: str
-    figure: str
-    reading: str
-    limits: str
-    conventions: Mapping[str, Any]
-    interval: str
-    reduced: str
-    version: str
-    pack: str
-    panels: tuple[Panel, ...]
-    others: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -262,11 +103,9 @@ def curve_of(result: xr.Dataset, value: str, model: str) -> Curve:
     columns.append(_column(result, f"{value}_head_sd"))
     points = _points(result, columns)
     images = result.attrs.get("images", 0)
-    return Curve(model, points, is_untrained(model), int(images), _place(result, value, _reduction(result, value)))
-
-
-def is_untrained(model: str) -> bool:
-    return model.endswith("@random")
+    return Curve(
+        model, points, is_untrained(model), int(images), _place(result, value, _reduction(result, value))
+    )
 
 
 def baselines_of(result: xr.Dataset, value: str) -> list[tuple[str, tuple[Point, ...]]]:
@@ -290,11 +129,6 @@ def baselines_of(result: xr.Dataset, value: str) -> list[tuple[str, tuple[Point,
         column = _reduced(variable, _reduction(result, value))
         found.append((label, _points(result, [column, *[_column(result, "")] * 3])))
     return found
-
-
-def clean(text: object) -> str:
-    """Text that XML can hold: what is neither printable nor a line break becomes a replacement character."""
-    return re.sub("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufdcf\ufdf0-\ufffd\U00010000-\U0010ffff]", "\ufffd", str(text))
 
 
 def conventions_of(result: xr.Dataset) -> dict[str, Any]:
@@ -359,21 +193,16 @@ def _baselines(results: Iterable[tuple[str, xr.Dataset]], value: str) -> tuple[B
 
 
 def _wider(a: Baseline, b: Baseline) -> tuple[Point, ...] | None:
-    """The longer one's points, if the other's are among them."""
-    one, other = ({(p.depth, p.site, p.part): p.mean for p in x.points} for x in (a, b))
-    small, large = (one, other) if len(one) < len(other) else (other, one)
-    same = all(key in large and np.isclose(value, large[key], 1e-6, 1e-9, True) for key, value in small.items())
-    return (b.points if large is other else a.points) if same else None
-
-
-def _segments(points: Sequence[Point], breaks: Any) -> list[list[Point]]:
-    found: list[list[Point]] = []
-    for point in points:
-        if found and not breaks(found[-1][-1], point):
-            found[-1].append(point)
-        else:
-            found.append([point])
-    return found
+    """The points of the longer of two that are one: the same constant, or equal where both are."""
+    short, long = sorted((a.points, b.points), key=len)
+    known = {(p.depth, p.site, p.part): p.mean for p in long}
+    first = next((p.mean for p in long if not np.isnan(p.mean)), np.nan)
+    constant = all(np.isnan(p.mean) or np.isclose(p.mean, first, 1e-6, 1e-9) for p in (*short, *long))
+    if constant or all(
+        np.isclose(p.mean, known.get((p.depth, p.site, p.part), np.inf), 1e-6, 1e-9, True) for p in short
+    ):
+        return long
+    return None
 
 
 def _column(result: xr.Dataset, name: str) -> np.ndarray:
@@ -424,6 +253,8 @@ def _place(result: xr.Dataset, value: str, how: str) -> str:
         return ""
     dim = str(inner[0])
     if f"{dim}_by_layer" in result.coords:
-        ends = sorted({round(float(v), 6) for v in _reduced(result[f"{dim}_by_layer"], "last") if not np.isnan(v)})
+        ends = sorted(
+            {round(float(v), 6) for v in _reduced(result[f"{dim}_by_layer"], "last") if not np.isnan(v)}
+        )
         return f"{dim} {', '.join(f'{v:.3g}' for v in ends)}, differing between layers"
     return f"{dim} {float(result[dim].values[-1]):.3g}" if dim in result.coords else ""

@@ -20,6 +20,7 @@ _ENCODER = Option(
 # The evaluation of the authors' main_lincls.py: Resize(256), torchvision's default bilinear, CenterCrop(224).
 _PREPROCESSING = Preprocessing(interpolation="bilinear", crop_pct=0.875)
 _FIT = "probekit.models.timm:fit_grid"
+_HINT = "the variants are vit-ti16, vit-s16, vit-b16, vit-l16, conv-s and conv-b; ResNets have no attention"
 
 
 def _pretraining(encoder: str) -> Layout:
@@ -35,7 +36,7 @@ def _pretraining(encoder: str) -> Layout:
             "module.predictor.*",
         ),
         convert=_FIT,
-        hint="vit-s16 and vit-b16 are the published sizes; other networks need another pack",
+        hint=_HINT,
     )
 
 
@@ -46,6 +47,7 @@ _LINEAR = Layout(
     prefix="module.",
     ignore=("module.head.*",),
     convert=_FIT,
+    hint=_HINT,
 )
 _BARE = Layout(
     name="bare state dict of a MoCo v3 encoder",
@@ -53,40 +55,56 @@ _BARE = Layout(
     container=("state_dict",),
     ignore=("head.*",),
     convert=_FIT,
+    hint=_HINT,
 )
 
 
-def _weights(size: str) -> Weights:
-    name = f"vit-{size}-300ep"
+def _weights(published: str | None) -> Weights:
+    """The layouts of all variants; with a name, of the file the authors published."""
+    layouts = {"layout": _pretraining("base"), "layouts": (_pretraining("momentum"), _LINEAR, _BARE)}
+    if published is None:
+        return Weights(**layouts)
     return Weights(
-        url=f"https://dl.fbaipublicfiles.com/moco-v3/{name}/{name}.pth.tar",
-        filename=f"moco-v3-{name}.pth.tar",
+        url=f"https://dl.fbaipublicfiles.com/moco-v3/{published}/{published}.pth.tar",
+        filename=f"moco-v3-{published}.pth.tar",
         licence=_LICENCE,
-        layout=_pretraining("base"),
-        layouts=(_pretraining("momentum"), _LINEAR, _BARE),
+        **layouts,
     )
 
 
-def _spec(variant: str, size: str, summary: str, **more: bool) -> ModelSpec:
+def _spec(
+    variant: str,
+    heads: int,
+    layers: int,
+    summary: str,
+    *,
+    published: str | None = None,
+    default: bool = False,
+) -> ModelSpec:
     return ModelSpec(
         name="moco",
         variant=variant,
-        summary=summary,
+        summary=f"MoCo v3 {summary}",
         target="probekit_moco.models:build",
         options={"encoder": _ENCODER},
         citation=_CITATION,
         objective="CL",
-        weights=_weights(size),
+        weights=_weights(published),
         preprocessing=_PREPROCESSING,
-        heads=12,
-        layers=12,
-        **more,
+        heads=heads,
+        layers=layers,
+        default=default,
     )
 
 
 @hookimpl
 def probekit_models() -> list[ModelSpec]:
+    own = "for pre-trainings of your own (none published)"
     return [
-        _spec("vit-b16", "b", "MoCo v3 ViT-B/16, 300 epochs, contrastive", default=True),
-        _spec("vit-s16", "s", "MoCo v3 ViT-S/16 with 12 heads, 300 epochs, contrastive"),
+        _spec("vit-b16", 12, 12, "ViT-B/16, 300 epochs", published="vit-b-300ep", default=True),
+        _spec("vit-s16", 12, 12, "ViT-S/16 with 12 heads, 300 epochs", published="vit-s-300ep"),
+        _spec("vit-ti16", 3, 12, f"ViT-Ti/16, {own}"),
+        _spec("vit-l16", 16, 24, f"ViT-L/16, {own}"),
+        _spec("conv-s", 12, 11, f"ViT-S with a convolutional stem, {own}"),
+        _spec("conv-b", 12, 11, f"ViT-B with a convolutional stem, {own}"),
     ]

@@ -8,18 +8,37 @@ import itertools
 import math
 import os
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
+from probekit_moco.models import build
 from probekit_moco.plugin import probekit_models
 from safetensors.torch import save_file
 
+from probekit.checkpoints import landing
 from probekit.errors import UsageError, WeightsError
 from probekit.model import load_model
 from probekit.names import parse_model
+from probekit.watch import Visitor, Watcher
 
-WIDTHS = {"vit-s16": 384, "vit-b16": 768}
-HEADS = 12
+
+class Shape(NamedTuple):
+    width: int
+    depth: int
+    heads: int
+    stem: bool
+
+
+SHAPES = {
+    "vit-ti16": Shape(192, 12, 3, False),
+    "vit-s16": Shape(384, 12, 12, False),
+    "vit-b16": Shape(768, 12, 12, False),
+    "vit-l16": Shape(1024, 24, 16, False),
+    "conv-s": Shape(384, 11, 12, True),
+    "conv-b": Shape(768, 11, 12, True),
+}
 
 
 class Catalog:
@@ -38,17 +57,27 @@ class Catalog:
         return getattr(importlib.import_module(module), attribute)
 
 
-def encoder_shapes(width: int) -> dict[str, tuple[int, ...]]:
-    """METRICS.md part II, "Key shapes": cls_token to norm."""
+def encoder_shapes(variant: str) -> dict[str, tuple[int, ...]]:
+    """METRICS.md part II, "Key shapes", and the table's row on conv-S/B: cls_token to norm."""
+    width, depth, _, stem = SHAPES[variant]
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, width),
         "pos_embed": (1, 197, width),
-        "patch_embed.proj.weight": (width, 3, 16, 16),
-        "patch_embed.proj.bias": (width,),
         "norm.weight": (width,),
         "norm.bias": (width,),
     }
-    for block in range(12):
+    if stem:
+        for index, (before, after) in enumerate(
+            ((3, width // 8), (width // 8, width // 4), (width // 4, width // 2), (width // 2, width))
+        ):
+            shapes[f"patch_embed.proj.{3 * index}.weight"] = (after, before, 3, 3)
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                shapes[f"patch_embed.proj.{3 * index + 1}.{name}"] = (after,)
+            shapes[f"patch_embed.proj.{3 * index + 1}.num_batches_tracked"] = ()
+        shapes |= {"patch_embed.proj.12.weight": (width, width, 1, 1), "patch_embed.proj.12.bias": (width,)}
+    else:
+        shapes |= {"patch_embed.proj.weight": (width, 3, 16, 16), "patch_embed.proj.bias": (width,)}
+    for block in range(depth):
         shapes |= {
             f"blocks.{block}.norm1.weight": (width,),
             f"blocks.{block}.norm1.bias": (width,),
@@ -81,16 +110,23 @@ def moco_positions(width: int) -> torch.Tensor:
     return table
 
 
-POSITIONS = {width: moco_positions(width) for width in WIDTHS.values()}
+POSITIONS = {width: moco_positions(width) for width in (192, 384, 768)}
 
 
-def encoder(width: int, seed: int) -> dict[str, torch.Tensor]:
+def encoder(variant: str, seed: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for key, shape in encoder_shapes(width).items():
-        scale = 0.04 if ".qkv.weight" in key else 0.02
-        state[key] = torch.randn(shape, generator=generator) * scale + ("norm" in key and "weight" in key)
-    state["pos_embed"] = POSITIONS[width].clone()
+    for key, shape in encoder_shapes(variant).items():
+        one = key.endswith(".weight") and len(shape) == 1  # a norm's scale
+        scale = 0.05 if ".qkv.weight" in key else 0.02
+        if key.startswith("patch_embed.proj.") and len(shape) == 4:  # the stem: neither growing nor fading
+            scale = math.prod(shape[1:]) ** -0.5
+        state[key] = torch.randn(shape, generator=generator) * scale + one
+        if key.endswith("running_var"):
+            state[key] = 0.5 + torch.rand(shape, generator=generator)
+        elif key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(7)
+    state["pos_embed"] = POSITIONS[SHAPES[variant].width].clone()
     return state
 
 
@@ -124,11 +160,33 @@ def checkpoint(base: dict, momentum: dict) -> dict:
     }
 
 
-def reference(state: dict[str, torch.Tensor], images: torch.Tensor):
-    """Tokens after each block and attention of each block, float64, from the file's tensors."""
+def embedded(w: dict[str, torch.Tensor], images: torch.Tensor, width: int) -> torch.Tensor:
+    """Tokens (B, 196, width) of images, before class token and positions."""
+    count = images.shape[0]
+    if "patch_embed.proj.bias" in w:
+        patches = images.reshape(count, 3, 14, 16, 14, 16).permute(0, 2, 4, 1, 3, 5).reshape(count, 196, 768)
+        return patches @ w["patch_embed.proj.weight"].reshape(width, 768).T + w["patch_embed.proj.bias"]
+    x = images
+    for index in (0, 3, 6, 9):
+        padded = F.pad(x, (1, 1, 1, 1))
+        columns = F.unfold(padded, 3, stride=2)  # (B, channels * 9, places)
+        kernel = w[f"patch_embed.proj.{index}.weight"].flatten(1)
+        side = x.shape[-1] // 2
+        x = (kernel @ columns).unflatten(-1, (side, side))
+        norm = f"patch_embed.proj.{index + 1}"
+        mean, var, scale, shift = (
+            w[f"{norm}.{name}"].view(-1, 1, 1) for name in ("running_mean", "running_var", "weight", "bias")
+        )
+        x = ((x - mean) / torch.sqrt(var + 1e-5) * scale + shift).clamp(min=0)
+    x = x.flatten(2).transpose(1, 2)
+    return x @ w["patch_embed.proj.12.weight"].flatten(1).T + w["patch_embed.proj.12.bias"]
+
+
+def reference(variant: str, state: dict[str, torch.Tensor], images: torch.Tensor):
+    """Tokens after each attention and each MLP, and attention, of every block; float64, from the file."""
     w = {key: value.double() for key, value in state.items()}
-    width = w["cls_token"].shape[-1]
-    count, size = images.shape[0], width // HEADS
+    width, depth, heads, _ = SHAPES[variant]
+    count, size = images.shape[0], width // heads
 
     def norm(x, name):
         centred = x - x.mean(-1, keepdim=True)
@@ -138,60 +196,59 @@ def reference(state: dict[str, torch.Tensor], images: torch.Tensor):
     def linear(x, name):
         return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
 
-    patches = (
-        images.double().reshape(count, 3, 14, 16, 14, 16).permute(0, 2, 4, 1, 3, 5).reshape(count, 196, 768)
-    )
-    kernel = w["patch_embed.proj.weight"].reshape(width, 768)
-    x = patches @ kernel.T + w["patch_embed.proj.bias"]
+    x = embedded(w, images.double(), width)
     x = torch.cat([w["cls_token"].expand(count, 1, width), x], dim=1) + w["pos_embed"]
-    tokens, attention = [], []
-    for block in range(12):
+    found = []
+    for block in range(depth):
         name = f"blocks.{block}"
         qkv = linear(norm(x, f"{name}.norm1"), f"{name}.attn.qkv")
-        q, k, v = qkv.reshape(count, 197, 3, HEADS, size).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.reshape(count, 197, 3, heads, size).permute(2, 0, 3, 1, 4)
         logits = q @ k.transpose(-1, -2) / math.sqrt(size)
         logits = torch.exp(logits - logits.amax(-1, keepdim=True))
         probabilities = logits / logits.sum(-1, keepdim=True)
         mixed = (probabilities @ v).transpose(1, 2).reshape(count, 197, width)
-        x = x + linear(mixed, f"{name}.attn.proj")
-        hidden = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        mid = x + linear(mixed, f"{name}.attn.proj")
+        hidden = linear(norm(mid, f"{name}.norm2"), f"{name}.mlp.fc1")
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        x = x + linear(hidden, f"{name}.mlp.fc2")
-        tokens.append(x)
-        attention.append(probabilities)
-    return tokens, attention
+        x = mid + linear(hidden, f"{name}.mlp.fc2")
+        found.append((mid, x, probabilities))
+    return found
 
 
 def watched(module: torch.nn.Module, images: torch.Tensor):
-    """The same of the module we load, by plain forward hooks."""
-    tokens, attention, handles = [], [], []
-    for block in module.blocks:
-        block.attn.fused_attn = False
-        handles.append(block.register_forward_hook(lambda m, i, out: tokens.append(out)))
-        handles.append(block.attn.attn_drop.register_forward_hook(lambda m, i, out: attention.append(out)))
-    with torch.inference_mode():
-        module(images)
-    for handle in handles:
-        handle.remove()
-    return tokens, attention
+    """The same of the module we load, as metrics see it."""
+    found = []
+
+    def visit(layer):
+        sites = [
+            torch.cat([layer.prefix_tokens(f"tokens_{s}"), getattr(layer, f"tokens_{s}")], 1)
+            for s in ("mid", "out")
+        ]
+        found.append((*sites, layer.attention_full))
+
+    needs = frozenset({"tokens_mid", "tokens_out", "attention_full"})
+    Watcher(module, images).run(images, [Visitor(needs, visit)])
+    return found
 
 
-def assert_same(module, state):
+def assert_same(variant, module, state):
     images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
-    expected, found = reference(state, images), watched(module, images)
-    for want, have in zip(expected, found, strict=True):
-        assert len(have) == 12
-        for layer in range(12):
-            assert (have[layer] - want[layer]).abs().max() < 1e-5, f"block {layer}"
-    spread = expected[1][-1][:, :, 1:, 1:].amax(-1).mean() * 197
+    expected, found = reference(variant, state, images), watched(module, images)
+    assert len(found) == len(expected) == SHAPES[variant].depth
+    for layer, (want, have) in enumerate(zip(expected, found, strict=True)):
+        for name, a, b in zip(("tokens after attention", "tokens", "attention"), want, have, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() < 1e-5, f"{name} of block {layer}"
+    spread = expected[-1][2][:, :, 1:, 1:].amax(-1).mean() * 197
     assert spread > 2, "the attention is uniform: it would show no difference"
 
 
-@pytest.fixture(scope="module", params=["vit-s16", "vit-b16"])
+@pytest.fixture(scope="module", params=["vit-s16", "vit-b16", "conv-s"])
 def published(request, tmp_path_factory):
     """(variant, base weights, momentum weights, path)"""
-    width = WIDTHS[request.param]
-    base, momentum = encoder(width, 1), encoder(width, 2)
+    base = encoder(request.param, 1)
+    momentum = base | {"norm.bias": base["norm.bias"] + 1}  # shared tensors are written once
+    if request.param == "vit-s16":
+        momentum = encoder("vit-s16", 2)
     path = tmp_path_factory.mktemp(request.param) / "checkpoint.pth.tar"
     torch.save(checkpoint(base, momentum), path)
     yield request.param, base, momentum, path
@@ -201,7 +258,7 @@ def published(request, tmp_path_factory):
 def test_the_published_layout_gives_the_reference_tokens_and_attention(published):
     variant, base, _, path = published
     model = load_model(f"moco:{variant}@{path}", Catalog())
-    assert_same(model.module, base)
+    assert_same(variant, model.module, base)
     assert model.weights.kind == "file" and len(model.weights.sha256) == 64
     assert len(model.accounting.used) == len(base)
     assert "module.predictor.0.weight" in model.accounting.ignored
@@ -213,23 +270,70 @@ def test_the_published_layout_gives_the_reference_tokens_and_attention(published
 def test_the_momentum_encoder_is_the_other_one(published):
     variant, _, momentum, path = published
     model = load_model(f"moco:{variant}:encoder=momentum@{path}", Catalog())
-    assert torch.equal(model.module.blocks[3].attn.qkv.weight, momentum["blocks.3.attn.qkv.weight"])
-    assert_same(model.module, momentum)
+    loaded = model.module.state_dict()
+    assert loaded.keys() == momentum.keys()
+    assert all(torch.equal(loaded[key], value) for key, value in momentum.items())
 
 
-def test_heads_and_norms():
-    for variant, width in WIDTHS.items():
-        module = load_model(f"moco:{variant}@random", Catalog()).module
-        assert [block.attn.num_heads for block in module.blocks] == [12] * 12
-        assert {m.eps for m in module.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
-        assert torch.allclose(module.pos_embed, POSITIONS[width], atol=1e-6)
-        assert sum(1 for _ in module.state_dict()) == len(encoder_shapes(width))
+@pytest.mark.parametrize("variant", ["vit-ti16", "conv-b"])
+def test_an_own_pre_training_gives_the_reference_tokens_and_attention(variant, tmp_path):
+    base = encoder(variant, 3)
+    path = tmp_path / "checkpoint_0099.pth.tar"
+    torch.save({"epoch": 100, "state_dict": {f"module.base_encoder.{k}": v for k, v in base.items()}}, path)
+    model = load_model(f"moco:{variant}@{path}", Catalog())
+    assert_same(variant, model.module, base)
+    with pytest.raises(WeightsError, match=f"no weights are published for 'moco:{variant}'"):
+        load_model(f"moco:{variant}", Catalog())
+
+
+def test_the_large_networks_keys():
+    with torch.device("meta"):  # its weights would only take time
+        module = build("vit-l16")
+    assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == encoder_shapes(
+        "vit-l16"
+    )
+    assert [block.attn.num_heads for block in module.blocks] == [16] * 24
+    spec = next(spec for spec in probekit_models() if spec.variant == "vit-l16")
+    file = {
+        f"module.base_encoder.{k}": torch.empty(s, device="meta")
+        for k, s in encoder_shapes("vit-l16").items()
+    }
+    assert landing(module, {"state_dict": file}, spec.weights.layout) == len(file)
+
+
+@pytest.mark.parametrize("variant", [variant for variant in SHAPES if variant != "vit-l16"])
+def test_keys_heads_norms_and_positions(variant):
+    shape = SHAPES[variant]
+    module = load_model(f"moco:{variant}@random", Catalog()).module
+    found = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    assert found == encoder_shapes(variant)
+    assert [block.attn.num_heads for block in module.blocks] == [shape.heads] * shape.depth
+    assert {m.eps for m in module.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
+    assert torch.allclose(module.pos_embed, POSITIONS[shape.width], atol=1e-6)
+    # MoCo's initialisation treats q, k and v as three square matrices
+    bound = math.sqrt(6 / (2 * shape.width))
+    assert float(module.blocks[0].attn.qkv.weight.detach().abs().max()) == pytest.approx(bound, rel=1e-3)
+    assert float(module.cls_token.detach().abs().max()) < 1e-5
+
+
+def test_a_stem_and_a_patch_projection_are_told_apart(small, tmp_path):
+    path = tmp_path / "conv.pth.tar"
+    state = {f"module.base_encoder.{k}": v for k, v in encoder("conv-s", 1).items()}
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(
+        WeightsError, match=r"missing \('patch_embed.proj.weight'.*unexpected \('patch_embed.proj.0.weight'"
+    ):
+        load_model(f"moco:vit-s16@{path}", Catalog())
+    _, _, save = small
+    with pytest.raises(WeightsError, match=r"missing \('patch_embed.proj.0.weight'") as caught:
+        load_model(f"moco:conv-s@{save()}", Catalog())
+    assert "conv-s" in caught.value.hint
 
 
 @pytest.fixture
 def small(tmp_path):
     """A ViT-S checkpoint to spoil: (content, base weights, save)"""
-    base = encoder(384, 1)
+    base = encoder("vit-s16", 1)
     content = checkpoint(base, base)
 
     def save(changed=None):
@@ -252,10 +356,10 @@ def test_a_linear_probe_file_is_taken_for_what_it_is(small):
     with pytest.raises(WeightsError, match=r"linear-probe.*encoder=base"):
         load_model(f"moco:vit-s16:encoder=momentum@{path}", Catalog())
     # and it can't be loaded into a ViT-S of six heads, which its keys and shapes fit
-    from probekit.models.timm import build
+    from probekit.models import timm
 
     with pytest.raises(WeightsError, match="12 heads; this model has 6"):
-        build("vit_small_patch16_224", weights=path)
+        timm.build("vit_small_patch16_224", weights=path)
 
 
 def test_a_bare_state_dict_saved_as_our_hint_says(small, tmp_path):
@@ -331,8 +435,15 @@ def test_untrained_weights_depend_on_the_seed_alone():
 def test_what_the_entries_say():
     specs = probekit_models()
     assert [spec.full_name for spec in specs if spec.default] == ["moco:vit-b16"]
+    assert {spec.variant for spec in specs} == SHAPES.keys()
     for spec in specs:
-        assert (spec.heads, spec.layers, spec.objective) == (12, 12, "CL")
-        assert "non-commercial" in spec.weights.licence and spec.citation
-        assert spec.weights.url.endswith(f"vit-{spec.variant[4]}-300ep.pth.tar")
-    assert len({spec.weights.filename for spec in specs}) == len(specs)
+        shape = SHAPES[spec.variant]
+        assert (spec.heads, spec.layers, spec.objective) == (shape.heads, shape.depth, "CL")
+        assert spec.citation
+        if spec.variant in ("vit-s16", "vit-b16"):
+            assert "non-commercial" in spec.weights.licence
+            assert spec.weights.url.endswith(f"vit-{spec.variant[4]}-300ep.pth.tar")
+        else:
+            assert spec.weights.url is None
+    filenames = [spec.weights.filename for spec in specs if spec.weights.url]
+    assert len(set(filenames)) == len(filenames)

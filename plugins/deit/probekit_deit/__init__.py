@@ -1,0 +1,1 @@
+"""Supervised Vision Transformers for probekit: DeiT, distilled DeiT, DeiT III and AugReg."""

@@ -1,0 +1,1 @@
+"""Swin and Swin V2 Transformers for probekit."""

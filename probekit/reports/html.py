@@ -1,0 +1,230 @@
+"""The built-in report: one HTML page that works offline. Curves over depth, tables, failures, provenance.
+
+The page holds no script, refers to nothing outside itself, and says so in its Content-Security-Policy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from probekit.reports.charts import Chart, Panel, Point, clean
+from probekit.reports.curves import Trouble, charts
+from probekit.reports.figures import NARROW, WIDE, baseline_name, has_labels, lines_of, panel_svg
+from probekit.reports.looks import Style, legend_name, styles
+from probekit.reports.provenance import bad_images, command, facts, plain, provenance, summary
+from probekit.sealing import write_bytes
+
+if TYPE_CHECKING:
+    from probekit.runfolder import Cell, Run
+
+_GROUPS = {
+    "failed": "Failed",
+    "unreadable": "Results that can't be shown",
+    "unfinished": "Not finished",
+    "does not apply": "Does not apply",
+}
+_REDUCED = {
+    "mean": "each image's values of a layer are averaged first, intervals are over images",
+    "last": "each image's last value of a layer, intervals are over images",
+}
+
+
+def render(run: Run, path: Path) -> Path:
+    """Write the page and return where it is. The same run gives the same bytes.
+
+    What is damaged in the run is listed in the page. Raises `StoreError` where the page can't be written.
+    """
+    import jinja2
+
+    here = Path(__file__).parent
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(here),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        finalize=_printable,
+    )
+    css = _markup((here / "report.css").read_text(encoding="utf-8").strip())
+    html = environment.get_template("report.html.j2").render(page=_page(run), css=css)
+    write_bytes(Path(path), f"{html}\n".encode())
+    return Path(path)
+
+
+def _printable(value: Any) -> Any:
+    """Every text of the page passes here: a file name that isn't UTF-8 must not spoil it."""
+    return clean(value) if isinstance(value, str) and not hasattr(value, "__html__") else value
+
+
+def _markup(text: str) -> Any:
+    """Text of our own that is markup already."""
+    from markupsafe import Markup
+
+    return Markup(text)
+
+
+def _page(run: Run) -> dict[str, Any]:
+    """Everything the template shows, in its order."""
+    drawn, troubles = charts(run)
+    cells = list(run.cells())
+    looks = styles(run.models)
+    name = run.path.resolve().name
+    return {
+        "title": name,
+        "summary": summary(run),
+        "models": run.models,
+        "datasets": run.datasets,
+        "metrics": run.metrics,
+        "facts": facts(run),
+        "command": command(run, name),
+        "counts": _counts(cells),
+        "charts": [_chart(chart, looks, number) for number, chart in enumerate(drawn, 1)],
+        "troubles": _without_result(cells, troubles),
+        "bad_images": bad_images(run),
+        "provenance": provenance(run),
+    }
+
+
+def _counts(cells: Sequence[Cell]) -> str:
+    """``6 cells (a metric of a model on a dataset): 5 done, 1 failed.``"""
+    texts = []
+    for status in ("done", "failed", "unfinished", "does not apply"):
+        count = sum(cell.outcome.status == status for cell in cells)
+        said = "do not apply" if status == "does not apply" and count > 1 else status
+        texts += [f"{count} {said}"] if count else []
+    total = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
+    return f"{total} (a metric of a model on a dataset): {', '.join(texts)}."
+
+
+def _without_result(cells: Sequence[Cell], troubles: Sequence[Trouble]) -> list[dict[str, Any]]:
+    """Cells without a result, by how they ended."""
+    found: dict[str, list[dict[str, str]]] = {key: [] for key in _GROUPS}
+    for cell in cells:
+        end = cell.outcome
+        if end.status in found:
+            pack = " ".join(part for part in (end.pack, end.version) if part)
+            item = {"pack": pack, "reason": end.reason, "hint": end.hint, "details": end.details}
+            found[end.status].append(
+                {**item, "metric": cell.metric, "model": cell.model, "dataset": cell.dataset}
+            )
+    for trouble in troubles:
+        item = {"pack": "", "reason": trouble.message, "hint": trouble.hint, "details": ""}
+        found["unreadable"].append(
+            {**item, "metric": trouble.metric, "model": trouble.model, "dataset": trouble.dataset}
+        )
+    return [{"title": _GROUPS[key], "cells": items} for key, items in found.items() if items]
+
+
+# --- charts
+
+
+def _chart(chart: Chart, looks: Mapping[str, Style], number: int) -> dict[str, Any]:
+    return {
+        "title": chart.metric,
+        "subtitle": " · ".join(part for part in (chart.figure, chart.units) if part),
+        "reading": chart.reading or _definition(chart),
+        "limits": chart.limits,
+        "conventions": [(term, text) for term, text in _conventions(chart) if text],
+        "panels": [_panel(chart, panel, looks, f"f{number}-{n}") for n, panel in enumerate(chart.panels, 1)],
+    }
+
+
+def _definition(chart: Chart) -> str:
+    """For a metric that doesn't say how to read it."""
+    definition = chart.conventions.get("definition")
+    return f"Defined as in {definition}." if isinstance(definition, str) and definition else ""
+
+
+def _conventions(chart: Chart) -> list[tuple[str, str]]:
+    others = (
+        f"{', '.join(chart.others)}; `probekit report RUN --format csv` lists them" if chart.others else ""
+    )
+    return [
+        *((str(key).replace("_", " "), plain(value)) for key, value in chart.conventions.items()),
+        ("curve", _REDUCED.get(chart.reduced, chart.reduced)),
+        ("interval", chart.interval),
+        ("metric version", chart.version),
+        ("metric from", chart.pack),
+        ("also measured", others),
+    ]
+
+
+def _panel(chart: Chart, panel: Panel, looks: Mapping[str, Style], key: str) -> dict[str, Any]:
+    forms = [WIDE, NARROW] if len(chart.panels) == 1 else [NARROW]
+    return {
+        "dataset": panel.dataset,
+        "labelled": has_labels(panel, WIDE),
+        "legend": [(_markup(line.look.swatch()), line.name) for line in lines_of(panel, looks)],
+        "svgs": [_markup(panel_svg(chart, panel, looks, form, f"{key}-{form.name}")) for form in forms],
+        "caption": _caption(panel),
+        "table": _table(chart, panel),
+    }
+
+
+def _caption(panel: Panel) -> str:
+    """What the marks are, for this panel."""
+    points = [p for curve in panel.curves for p in curve.points]
+    counts = sorted({curve.images for curve in panel.curves})
+    images = " or ".join("1 image" if n == 1 else f"{n} images" for n in counts)
+    texts = [f"Mean over {images}"]
+    if any(math.isfinite(p.low) for p in points):
+        texts[0] += ", band: 95 % interval over images"
+    elif counts == [1]:
+        texts[0] += ": one image gives no interval"
+    if any(p.site == "mid" for p in points):
+        texts.append("Line: embedding and layer outputs; faint points: between attention and MLP")
+    if panel.baselines:
+        texts.append(
+            f"Dotted: {', '.join(dict.fromkeys(b.name for b in panel.baselines))}, whatever the image"
+        )
+    if any(curve.untrained for curve in panel.curves):
+        texts.append("Dashed: untrained networks, random weights")
+    places: dict[str, list[str]] = {}
+    for curve in panel.curves:
+        places.setdefault(curve.at, []).append(legend_name(curve.model))
+    for place, models in places.items():
+        if place:
+            texts.append(f"At {place}" + (f": {', '.join(models)}" if len(places) > 1 else ""))
+    return ". ".join(texts) + "."
+
+
+def _table(chart: Chart, panel: Panel) -> dict[str, Any]:
+    rows = panel.table()
+    texts = {name: [str(getattr(row, name)) for row in rows] for name in ("layer", "site", "part", "stage")}
+    # a column that says the same everywhere says nothing
+    shown = [name for name, column in texts.items() if name == "layer" or len(set(column)) > 1]
+    caption = f"Mean and 95 % interval{f' in {chart.units}' if chart.units else ''}."
+    if any(" / " in text for column in texts.values() for text in column):
+        caption += " Where models differ in a layer's name or stage: in the order of their columns."
+    heads = [("depth", "number"), *((name, "text") for name in shown)]
+    heads += [(curve.model, "number model") for curve in panel.curves]
+    return {
+        "caption": caption,
+        "heads": [*heads, *((baseline_name(b, panel), "number") for b in panel.baselines)],
+        "rows": [
+            {
+                "depth": f"{row.depth:g}",
+                "texts": [texts[name][number] for name in shown],
+                "numbers": [
+                    *(_mean_and_interval(row.points.get(c.model)) for c in panel.curves),
+                    *((number_text(v), "") for v in row.baselines),
+                ],
+            }
+            for number, row in enumerate(rows)
+        ],
+    }
+
+
+def _mean_and_interval(point: Point | None) -> tuple[str, str]:
+    if point is None:
+        return "", ""
+    known = math.isfinite(point.low) and math.isfinite(point.high)
+    return number_text(point.mean), f"[{number_text(point.low)}, {number_text(point.high)}]" if known else ""
+
+
+def number_text(value: float) -> str:
+    """Four significant digits with a true minus sign; a dash for what isn't there."""
+    if math.isnan(value):
+        return "\u2013"
+    return f"{value:#.4g}".rstrip(".").replace("-", "\u2212")

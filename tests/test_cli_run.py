@@ -1,0 +1,205 @@
+"""The command line as a user meets it: start-up, exit codes, one sentence for every mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+TINY = f"{Path(__file__).parent / 'tiny.py'}:build"
+
+
+def test_help_loads_nothing_heavy(command):
+    code = "import sys; sys.argv = ['probekit', '--help']\nfrom probekit.cli.app import main\nmain()\n"
+    code += "heavy = {'torch', 'numpy', 'xarray', 'h5py', 'timm', 'matplotlib'} & set(sys.modules)\n"
+    code += "print('HEAVY', sorted(heavy))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "HEAVY []" in done.stdout
+    assert "Usage: probekit" in done.stdout
+
+
+def test_import_loads_no_torch():
+    code = "import sys, probekit; print('torch' in sys.modules, 'xarray' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_public_names():
+    import probekit
+
+    assert len(probekit.__all__) <= 25
+    assert all(getattr(probekit, name) is not None for name in probekit.__all__)
+    assert set(probekit.__all__) <= set(dir(probekit))
+    with pytest.raises(AttributeError):
+        probekit.nonsense  # noqa: B018
+
+
+def test_every_command_shows_examples(cli):
+    code, out, _ = cli("--help")
+    assert code == 0
+    listed = out.partition("Commands:")[2]
+    names = [line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "]
+    expected = {"run", "capture", "status", "show", "report", "compare", "verify", "inspect", "list", "plugins", "doctor"}
+    assert expected <= set(names)
+    for name in names:
+        code, out, _ = cli(name, "--help")
+        assert code == 0
+        assert f"probekit {name}" in out
+        assert "Example" in out, name
+
+
+def test_a_run_and_its_json(command, photos, tmp_path):
+    done = command("run", "--model", TINY, "--metrics", "nmi", "--dataset", f"folder:{photos}", "--out", "r", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    assert [c["status"] for c in said["cells"]] == ["done"]
+    assert (tmp_path / said["report"]).exists()
+
+
+def test_lines_fit_in_80_columns(command, photos, tmp_path):
+    words = ("run", "--model", TINY, "--metrics", "all", "--dataset", f"folder:{photos}", "--out", "r")
+    done = command(*words, cwd=tmp_path, env={"COLUMNS": "80"})
+    assert done.returncode == 0, done.stderr
+    assert "3 cells done" in done.stdout
+    assert "r/report.html" in done.stdout
+    assert max(len(line) for line in done.stdout.splitlines()) <= 80
+
+
+def test_dry_run_writes_nothing(command, photos, tmp_path):
+    words = ("run", "--model", TINY, "--metrics", "nmi,fourier", "--dataset", f"folder:{photos}", "--out", "r")
+    done = command(*words, "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "40 of 40 images to measure: nmi, fourier" in done.stdout
+    assert not (tmp_path / "r").exists()
+    command(*words, cwd=tmp_path)
+    done = command(*words, "--dry-run", "--json", cwd=tmp_path)
+    cell = json.loads(done.stdout)["cells"][0]
+    assert cell["remaining"] == 0
+    assert cell["skipped"] == ["nmi", "fourier"]
+
+
+def test_without_out_the_same_grid_goes_on_in_its_folder(command, photos, tmp_path):
+    words = ("run", "--model", TINY, "--metrics", "nmi", "--dataset", f"folder:{photos}", "--limit", "4")
+    first = command(*words, cwd=tmp_path)
+    second = command(*words, cwd=tmp_path)
+    other = command(*words[:-1], "5", cwd=tmp_path)
+    assert [first.returncode, second.returncode, other.returncode] == [0, 0, 0]
+    assert "(continued)" in second.stdout
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "toml"])
+def test_grid_files(command, photos, tmp_path, suffix):
+    grid = {
+        "yaml": f"models: ['{TINY}']\nmetrics: [fourier, {{nmi: {{compat: cl-vs-mim}}}}]\ndatasets: ['folder:{photos}']\nlimit: 4\n",
+        "toml": f"models = ['{TINY}']\nmetrics = ['fourier', {{nmi = {{compat = 'cl-vs-mim'}}}}]\ndatasets = ['folder:{photos}']\nlimit = 4\n",
+    }[suffix]
+    (tmp_path / f"grid.{suffix}").write_text(grid)
+    done = command("run", f"grid.{suffix}", "--out", "r", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [c["metric"] for c in json.loads(done.stdout)["cells"]] == ["fourier", "nmi:compat=cl-vs-mim"]
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        ("run --model simim@random --dataset folder:{photos}", 2, "unknown model 'simim'"),
+        ("run --model {tiny} --metrics nmj --dataset folder:{photos}", 2, "unknown metric 'nmj'"),
+        ("run --model {tiny} --dataset foldr:{photos}", 2, "unknown dataset 'foldr'"),
+        ("run --model {tiny} --dataset folder:/nowhere", 4, "/nowhere"),
+        ("run --model {tiny}", 2, "says nothing about 'datasets'"),
+        ("run --dataset folder:{photos}", 2, "says nothing about 'models'"),
+        ("run nowhere.yaml", 2, "'nowhere.yaml' does not exist"),
+        ("run --model {tiny} --dataset folder:{photos} --limit 0", 2, "'limit' can't be 0"),
+        ("run --model {tiny} --dataset folder:{photos} --device gpu", 2, "device 'gpu'"),
+        ("run --model {tiny} --dataset folder:{photos} --metrics nmi:compat=x", 2, "compat"),
+        ("run --model {tiny_bare} --dataset folder:{photos} --out r", 4, "no attention between tokens"),
+        ("run --model {tiny}@/nowhere.pth --dataset folder:{photos} --out r", 4, "/nowhere.pth"),
+        ("inspect simim", 2, "unknown model 'simim'"),
+        ("status nowhere", 4, "'nowhere' does not exist"),
+        ("shwo x", 2, "unknown command 'shwo'"),
+        ("run --wrong", 2, "--wrong"),
+    ],
+)
+def test_mistakes_get_one_sentence(cli, photos, tmp_path, monkeypatch, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    bare = TINY.replace(":build", ":without_attention")
+    got, _, err = cli(*words.format(photos=photos, tiny=TINY, tiny_bare=bare).split())
+    assert got == code, err
+    assert said in err
+    assert "Traceback" not in err
+
+
+def test_near_names_are_hinted(cli, photos):
+    _, _, err = cli("run", "--model", TINY, "--metrics", "nmj", "--dataset", f"folder:{photos}")
+    assert "did you mean 'nmi'" in err
+
+
+def test_a_plugin_file_runs(command, photos, tmp_path):
+    example = os.path.join(os.path.dirname(__file__), "..", "examples", "entropy.py")
+    words = ("run", "--plugin", example, "--model", TINY, "--metrics", "entropy", "--dataset", f"folder:{photos}")
+    done = command(*words, "--out", "r", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [c["status"] for c in json.loads(done.stdout)["cells"]] == ["done"]
+
+
+def test_failed_cells_give_exit_code_1(cli, photos, tmp_path):
+    plugin = tmp_path / "bad.py"
+    plugin.write_text(
+        "from probekit import Metric\n"
+        "class Bad(Metric):\n"
+        "    name = 'bad'; needs = {'attention'}; dims = {'bad': ()}\n"
+        "    def measure(self, layer): raise ValueError('boo')\n"
+    )
+    words = ("run", "--plugin", plugin, "--model", TINY, "--metrics", "bad,nmi", "--dataset", f"folder:{photos}")
+    code, out, err = cli(*words, "--limit", "4", "--out", tmp_path / "r")
+    assert code == 1
+    assert "1 cell done" in out and "1 cell failed" in out
+    assert "boo" in out + err
+
+
+def test_ctrl_c_is_no_traceback(photos, tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import time\nfrom probekit import Metric\n"
+        "class Slow(Metric):\n"
+        "    name = 'slow'; needs = {'attention'}; dims = {'slow': ()}\n"
+        "    def measure(self, layer):\n        time.sleep(0.2)\n        return {'slow': layer.attention.mean((1, 2, 3))}\n"
+    )
+    words = [sys.executable, "-m", "probekit", "run", "--plugin", "slow.py", "--model", TINY, "--metrics", "slow"]
+    words += ["--dataset", f"folder:{photos}", "--out", "r", "--batch-size", "1"]
+    process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("r/cells/*/*/cell.json")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+
+
+def test_inspect(cli):
+    code, out, err = cli("inspect", TINY, "--json")
+    assert code == 0, err
+    said = json.loads(out)
+    assert [layer["heads"] for layer in said["layers"]] == [2, 2, 2]
+    assert said["layers"][0]["prefix"] == 1
+    assert said["layers"][0]["grid"] == [4, 4]
+    assert said["layers"][0]["stride"] == [8.0, 8.0]
+    code, out, _ = cli("inspect", TINY)
+    assert "blocks.0-2.attn" in out
+    assert max(len(line) for line in out.splitlines()) <= 110
+
+
+def test_doctor(cli):
+    code, out, _ = cli("doctor", "--json")
+    said = {c["check"]: c for c in json.loads(out)}
+    assert said["torch"]["ok"] and said["plugin probekit"]["ok"]
+    assert code in (0, 1)
