@@ -39,7 +39,9 @@ def main() -> int:
     folder = Path(chosen) if chosen else crops(Path("runs/demo-images"))
     models = [word for name in MODELS for word in ("--model", f"{name}@random")]
     code = probekit(["run", *models, "--metrics", "all", "--dataset", f"folder:{folder}", "--limit", "64"])
-    print("\nThese weights are random: the published ones need a download. With a network, and your own images:")
+    print(
+        "\nThese weights are random: the published ones need a download. With a network, and your own images:"
+    )
     print(f"  probekit run --model {MODELS[0]} --model {MODELS[1]} --metrics all --dataset folder:PHOTOS")
     return code
 

@@ -2,11 +2,11 @@
 
     capture.json             model, weights, images, preprocessing, anatomy, sites, layers, dtype, scores
     constants.h5             LAYER/bias: additive biases that are the same for every image
-    shards/shard-00000.h5    LAYER/DATASET of a fixed range of images; their `index` in capture.json's ids, `ids`
+    shards/shard-00000.h5    LAYER/DATASET of a fixed range of images; `index` (in capture.json's ids), `ids`
 
 LAYER is the attention module's path, ``blocks.0.attn``. Datasets, their first axis the images:
 
-    q, k, v, head_outputs    (images, windows, heads, tokens, d), all tokens in the model's order with the prefix;
+    q, k, v, head_outputs    (images, windows, heads, tokens, d), all tokens as the model has them;
                              windows is 1 where attention is global; q and k as the scores used them
     probabilities            (images, windows, heads, queries, keys), where the model has no fused attention
     bias                     (images, windows, heads or 1, queries, keys), where it differs between images

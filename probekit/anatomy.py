@@ -93,10 +93,8 @@ class LayerInfo:
         places = self.positions[max(self.groups, key=lambda g: g.size).tokens[0]]
         rows, columns = (len(np.unique(axis)) for axis in places.T)
         text = f"{rows}x{columns}" if rows * columns == len(places) else f"{len(places)} tokens"
-        if (
-            self.stride is not None
-            and (np.ptp(places, axis=0) > 1.5 * np.multiply(self.stride, (rows, columns))).any()
-        ):
+        apart = np.ptp(places, axis=0) > 1.25 * np.multiply(self.stride or (1, 1), (rows - 1, columns - 1))
+        if self.stride is not None and apart.any():
             text += " dilated"
         return f"{text}, masked regions" if self.masked else text
 

@@ -304,12 +304,14 @@ def _free(path: Path) -> int:
 
 def _check_space(found: Summary) -> None:
     """Raise `StoreError` if the disk can't hold the rest and a tenth of a shard, which `sealed` wants."""
-    need = found.missing + found.per_image * found.per_shard // 10
-    if found.missing and need > found.free:
-        fits = int(found.free / 1.1 / max(1, found.per_image))
-        way = f"--limit {fits}, fewer --layers or --sites, or another disk" if fits else "use another disk"
-        raise StoreError(
-            f"the capture needs {human_bytes(need)}, the disk of '{found.path}' has "
-            f"{human_bytes(found.free)}",
-            hint=way,
-        )
+    need = found.missing + found.per_image * min(found.per_shard, found.images) // 10
+    if not found.missing or need <= found.free:
+        return
+    fits = int(found.free / 1.1 / max(1, found.per_image))
+    way = "free space and run the same command again"
+    if found.missing == found.per_image * found.images and 0 < fits < found.images:
+        way = f"--limit {fits}, fewer --layers or --sites, or another disk"
+    raise StoreError(
+        f"the capture needs {human_bytes(need)}, the disk of '{found.path}' has {human_bytes(found.free)}",
+        hint=way,
+    )

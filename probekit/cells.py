@@ -32,7 +32,7 @@ Status = Literal["done", "failed", "does not apply", "unfinished"]
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a metric ended on one cell."""
+    """How a metric ended on one cell. `trace` is the identity of what it was measured with."""
 
     status: Status
     reason: str = ""
@@ -42,6 +42,7 @@ class Outcome:
     version: str = ""
     images: int = 0
     seconds: float = 0.0
+    trace: str = ""
 
 
 @dataclass(frozen=True)
@@ -83,9 +84,6 @@ class CellFolder:
 
     def end(self, metric: str, outcome: Outcome) -> None:
         seal_json(self._outcome(metric), {"format_version": FORMAT_VERSION, "metric": metric, **asdict(outcome)})
-
-    def forget(self, metric: str) -> None:
-        self._outcome(metric).unlink(missing_ok=True)
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -143,6 +141,10 @@ class TraceFolder:
     def rows(self) -> dict[str, Any] | None:
         path = self.path / "rows.json"
         return read_json(path, "trace", FORMAT_VERSION) if path.exists() else None
+
+    def forget_rows(self) -> None:
+        """Before everything is measured again: another version of a metric may describe its rows otherwise."""
+        (self.path / "rows.json").unlink(missing_ok=True)
 
     def write_rows(self, rows: Sequence[Row], constants: Mapping[str, np.ndarray], reasons: Mapping[str, str]) -> None:
         content = {

@@ -30,15 +30,18 @@ class Accounting:
     used:    keys of the file whose tensors are in the module now, by their full names
     ignored: keys of the file on the layout's ignore list
     layout:  the name of the layout, "" where it has none
+    note:    what a reader of the numbers should know besides
     """
 
     used: tuple[str, ...]
     ignored: tuple[str, ...]
     layout: str = ""
+    note: str = ""
 
     def __str__(self) -> str:
         named = f"{self.layout}: " if self.layout else ""
-        return f"{named}{len(self.used)} keys used, {len(self.ignored)} ignored"
+        note = f"; {self.note}" if self.note else ""
+        return f"{named}{len(self.used)} keys used, {len(self.ignored)} ignored{note}"
 
 
 def read(path: str | Path, container: Sequence[str] = ()) -> dict[str, Tensor]:
@@ -61,7 +64,7 @@ def own_state(path: str | Path) -> dict[str, Tensor]:
     tensors = _tensors(state[container] if container else state, str(path))
     tensors = {re.sub(r"^((module|_orig_mod)\.)+", "", key): value for key, value in tensors.items()}
     for key, tensor in tensors.items():
-        _check_finite(key, tensor, str(path))
+        check_finite(key, tensor, str(path))
     return tensors
 
 
@@ -113,7 +116,7 @@ def adopt(module: nn.Module, state: Mapping[str, Any], layout: Layout, *, source
     state_dict = {}
     for key, tensor in kept.items():
         tensor = tensor.detach().to(expected[key].dtype)
-        _check_finite(key, tensor, source)
+        check_finite(key, tensor, source)
         state_dict[key] = tensor
     module.load_state_dict(state_dict, strict=True)
     used = tuple(key for key in tensors if key not in ignored)
@@ -236,7 +239,8 @@ def _expectation(module: nn.Module) -> str:
     return f"the model's own keys are {_names(module.state_dict())}"
 
 
-def _check_finite(key: str, tensor: Tensor, source: str) -> None:
+def check_finite(key: str, tensor: Tensor, source: str) -> None:
+    """Raises WeightsError for NaN or infinite weights. `key` and `source` are for the message."""
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise WeightsError(
             f"'{source}' holds NaN or infinite weights, the first in '{key}'",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -54,6 +56,17 @@ class Job:
     @property
     def name(self) -> str:
         return str(self.entry.ref)
+
+    @property
+    def identity(self) -> str:
+        return identity_hash(self.traces.identity)
+
+
+def _source(entry: Entry, metric: Metric) -> dict[str, str]:
+    """A metric from a file has no version to rely on: what it computes is the file's content."""
+    if entry.version:
+        return {}
+    return {"source": hashlib.sha256(Path(inspect.getfile(type(metric))).read_bytes()).hexdigest()[:16]}
 
 
 def execute(resolved: Resolved, catalog: Catalog, out: Path, listen: Listener = nobody) -> Run:
@@ -125,9 +138,9 @@ def run_cell(
 def _cell_failed(
     cell: CellFolder, metrics: Sequence[tuple[Entry, Metric]], error: ProbekitError, listen: Listener
 ) -> None:
-    for entry, metric in metrics:
+    for entry, _ in metrics:
         if cell.outcome(str(entry.ref)).status != "done":
-            outcome = Outcome("failed", error.message, error.hint or "", "", entry.pack, entry.version)
+            outcome = Outcome("failed", error.message, error.hint or "")
             cell.end(str(entry.ref), outcome)
     listen(Event("cell-failed", cell.model, cell.dataset, text=str(error), error=error))
 
@@ -182,24 +195,32 @@ class _Cell:
         jobs, count = [], len(subject.indices)
         for entry, metric in self.metrics:
             path = self.folder.trace(str(entry.ref), metric.version)
-            tag = {"cell": identity_hash(identity), "metric": entry.qualified, "version": metric.version}
-            traces = TraceFolder(path, {**tag, "options": dict(entry.options)}, count, shard_size(count))
-            job = Job(entry, metric, traces)
-            reason, before = subject.lacks(metric), self.folder.outcome(job.name)
-            if before.reason.startswith(LACKING) and not reason:
-                self.folder.forget(job.name)
+            tag = {
+                "cell": identity_hash(identity),
+                "metric": entry.qualified,
+                "version": metric.version,
+                "options": dict(entry.options),
+                **_source(entry, metric),
+            }
+            job = Job(entry, metric, TraceFolder(path, tag, count, shard_size(count)))
+            reason, before = subject.lacks(metric), self._outcome(job)
             if reason:
                 if before.status != "done":
                     self._end(job, Outcome("does not apply", reason))
-            elif self.folder.outcome(job.name).status != "does not apply":
-                job.missing, problems = traces.missing()
+            elif before.status != "does not apply" or before.reason.startswith(LACKING):
+                job.missing, problems = job.traces.missing()
                 for problem in problems:
                     self.listen(Event("warning", self.folder.model, self.folder.dataset, job.name, f"{problem}: measured again"))
             jobs.append(job)
         return jobs
 
+    def _outcome(self, job: Job) -> Outcome:
+        """How the metric ended here, unless that was another version of it."""
+        found = self.folder.outcome(job.name)
+        return found if found.trace == job.identity else Outcome("unfinished")
+
     def _summarised(self, job: Job) -> bool:
-        outcome = self.folder.outcome(job.name)
+        outcome = self._outcome(job)
         return outcome.status == "does not apply" or outcome.status == "done" and self.folder.result(job.name).exists()
 
     # ------------------------------------------------------------------ the pass
@@ -216,6 +237,8 @@ class _Cell:
         for job in jobs:
             if job.missing:
                 remove_temporaries(job.traces.path)
+            if len(job.missing) == len(job.traces.ranges):
+                job.traces.forget_rows()
         if remaining or before is None:
             with numerics(subject.device, self.grid.dtype):
                 source, _ = subject.watch()
@@ -252,6 +275,8 @@ class _Cell:
                 for job, values in zip(active, self._measure(source, pixels, active), strict=True):
                     parts[id(job)].append(values)
                 kept += [place[i] for i in batch.indices]
+            for b in batch.bad:
+                self.listen(Event("bad-image", self.folder.model, self.folder.dataset, text=f"'{b.id}' is left out: {b.reason}"))
             self.listen(Event("images", done=len(batch) + len(batch.bad)))
         for job in active:
             found = parts[id(job)]
@@ -291,7 +316,7 @@ class _Cell:
         self._end(job, outcome)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        outcome = Outcome(**{**outcome.__dict__, "pack": job.entry.pack, "version": job.entry.version})
+        outcome = Outcome(**{**outcome.__dict__, "pack": job.entry.pack, "version": job.entry.version, "trace": job.identity})
         self.folder.end(job.name, outcome)
         self.listen(Event("metric", self.folder.model, self.folder.dataset, job.name, outcome.reason, outcome=outcome))
 
@@ -310,7 +335,6 @@ class _Cell:
             preprocessing=about["identity"]["preprocessing"],
             dtype=about["identity"]["dtype"],
             device=about["device"],
-            options=dict(job.entry.options),
             pack=f"{job.entry.pack} {job.entry.version}".strip(),
             probekit=about["versions"].get("vit-probekit", ""),
         )

@@ -350,7 +350,9 @@ class Discovery(TorchFunctionMode):
             return
         places, _, nodes, wheres, memory = zip(*whole, strict=True)
         where, memory = self._where.get(out), (*memory, _memory(out))
-        self.record.adds.append(Add(ordinal, places, nodes, node, wheres, where, memory, out.shape))
+        self.record.adds.append(
+            Add(ordinal, self.here, places, nodes, node, wheres, where, memory, out.shape)
+        )
 
     def finish(self) -> Record:
         """The record, with the softmaxes over token-to-token scores that no product used."""

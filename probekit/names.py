@@ -4,6 +4,7 @@
     metric   [PACK/]NAME[:key=value]...
     dataset  [PACK/]NAME[:ARGUMENT]
 
+A variant may say where timm finds the model: ``timm:hf-hub:ORG/NAME``, ``timm:local-dir:FOLDER``.
 The first ``@`` ends a model's name: what follows is the weights, whatever it contains. So neither a
 variant nor the path of a ``./file.py`` may hold an ``@``, and neither may hold a ``:``.
 """
@@ -29,6 +30,9 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-]*")
 _KEY = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _ATTRIBUTE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", re.ASCII)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+
+# timm's own: what follows names a repository or a folder, which may hold a "=" but no ":".
+_SOURCES = ("hf-hub", "local-dir")
 
 _FORMS = {
     "model": "write NAME[:VARIANT][:key=value][@WEIGHTS], for example 'moco:vit-b16@random'",
@@ -163,7 +167,9 @@ def parse_model(text: str) -> ModelRef:
     variant = ""
     if parts and "=" not in parts[0]:
         variant = parts.pop(0)
-        if not variant:
+        if variant in _SOURCES and parts:
+            variant = f"{variant}:{parts.pop(0)}"
+        if not variant or variant.rstrip(":") in _SOURCES:
             raise _malformed("model", text, "nothing stands between or after its colons")
         if variant != variant.strip():
             raise _malformed("model", text, f"variant {quoted(variant)} starts or ends with a space")

@@ -154,7 +154,21 @@ def _at_queries(add: Add, call: Call) -> bool:
 
 
 def _after_mlp(record: Record, found: Residual) -> Add | None:
-    """The next addition onto the stream, before any other attention's: tokens after the MLP."""
+    """The next addition onto the stream, before any other attention's: tokens after the MLP.
+
+    Of several in the module that added the attention, the last (XCiT adds a convolution in between).
+    """
+    out = _next_addition(record, found)
+    for add in record.adds if out is not None else ():
+        chained = out.result in add.nodes and add.nodes[0] != add.nodes[1] and _follows(record, *add.nodes)
+        within = add.path == found.add.path and add.shape.numel() == out.shape.numel()
+        other = record.nodes[add.result].calls & ~record.nodes[found.add.result].calls
+        if add.result > out.result and chained and within and not other:
+            out = add
+    return out
+
+
+def _next_addition(record: Record, found: Residual) -> Add | None:
     mid, nodes = found.add, record.nodes
     before = mid.nodes[found.before] if found.before is not None else None
     start = next(i for i, add in enumerate(record.adds) if add is mid)

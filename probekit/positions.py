@@ -122,7 +122,9 @@ def through_sliding_window(
 ) -> Where | None:
     """Positions behind a 2-D convolution or pooling of (B, C, h, w), from the arithmetic of its window."""
     (ky, kx), (sy, sx), (dy, dx) = (_pair(v) for v in (kernel, stride, dilation))
-    py, px = (dy * (ky - 1) / 2, dx * (kx - 1) / 2) if padding == "same" else _pair(padding or 0)
+    if isinstance(padding, str):
+        padding = (dy * (ky - 1) / 2, dx * (kx - 1) / 2) if padding == "same" else 0
+    py, px = _pair(padding or 0)
     image, y, x = (t.select(1, 0) for t in where.rows)
     height, width = y.shape[1:]
     ys = _axis(y[:, :, width // 2], out.size(-2), ky, sy, py, dy)

@@ -80,11 +80,13 @@ class Call:
 class Add:
     """An addition of two tensors that both descend from the image.
 
+    path:    the module that adds
     places:  which of its arguments they are
     memory:  addresses of the two operands' and the result's storage
     """
 
     ordinal: int
+    path: str
     places: tuple[int, int]
     nodes: tuple[int, int]
     result: int

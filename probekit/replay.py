@@ -33,12 +33,12 @@ from probekit.cells import CellFolder, identity_hash
 from probekit.engine import pick_device
 from probekit.errors import StoreError, UsageError
 from probekit.events import Listener, nobody
+from probekit.execution import make_metric, run_cell
 from probekit.grid import Resolved, make_grid
 from probekit.images import Bad, Batch
 from probekit.layer import Layer, Scores
 from probekit.metric import Metric, Row
 from probekit.names import parse_dataset, parse_model
-from probekit.execution import make_metric, run_cell
 from probekit.runfolder import Run, create_run
 from probekit.shards import map_shard
 from probekit.store import RunLock, read_shard, shard_problem

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from probekit import images as image_loading
+from probekit.anatomy import Anatomy
 from probekit.catalog import Catalog, Entry
 from probekit.dataset import BadImage, Dataset, select
-from probekit.errors import DataError
+from probekit.errors import DataError, WatchError
 from probekit.events import Event, Listener
 from probekit.grid import Grid
 from probekit.metric import Metric, Row
 from probekit.model import Model, load_model
-from probekit.specs import Preprocessing
+from probekit.specs import ModelSpec, Preprocessing
 from probekit.watch import Visitor, Watcher
 
 LACKING = "the capture holds no"
@@ -132,6 +133,7 @@ class Live:
             declared_parts=self.model.declared.parts if self.model.declared else None,
             allow_unwatched=self.grid.allow_unwatched,
         )
+        check_spec(self.model.spec, watcher.anatomy)
         for warning in watcher.anatomy.warnings:
             self.listen(Event("warning", self.model_name, self.dataset_name, text=warning))
         return watcher, pixels
@@ -171,6 +173,23 @@ class Live:
             "device": device_name(self.device),
             "versions": versions(),
         }
+
+
+def check_spec(spec: ModelSpec | None, anatomy: Anatomy) -> None:
+    """Raise `WatchError` when a model hasn't the heads and layers its pack declares (`ModelSpec`).
+
+    heads are the first layer's; layers the encoder's, or the whole model's.
+    """
+    if spec is None:
+        return
+    encoder = [layer for layer in anatomy.layers if layer.part == "encoder"] or list(anatomy.layers)
+    if spec.heads not in (None, encoder[0].heads):
+        wrong = f"{encoder[0].heads} heads, but its pack declares {spec.heads}"
+    elif spec.layers not in (None, len(encoder), len(anatomy.layers)):
+        wrong = f"{len(encoder)} layers, but its pack declares {spec.layers}"
+    else:
+        return
+    raise WatchError(f"model '{spec.full_name}' has {wrong}", hint="`probekit doctor` shows the versions to report")
 
 
 def open_dataset(entry: Entry, catalog: Catalog) -> Dataset:

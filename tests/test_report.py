@@ -378,7 +378,8 @@ def test_the_command_repeats_every_setting(tmp_path):
     run = make_run(tmp_path / "r", {"a": SMALL}, metrics=["nmi"])
     run.info["settings"].update(limit=8, seed=3, dtype="bfloat16", image_size=[224, 448], on_bad_image="fail")
     run.info["settings"].update(allow_unwatched=True)
-    text = Page(rendered(run)).text("code")
+    code = re.search("<code>(.*?)</code>", rendered(run))[1]
+    text = Page(code).text()
     options = "--limit 8 --seed 3 --dtype bfloat16 --image-size 224x448 --on-bad-image fail --allow-unwatched"
     assert text == f"probekit run --model a --metrics nmi --dataset folder:photos {options} --out r"
     from typer.main import get_command
@@ -405,6 +406,7 @@ def test_hostile_names_stay_text(tmp_path):
         tmp_path / "a<b>'\"&$",
         {**dict.fromkeys(HOSTILE, SMALL), "$x_1$@random": SMALL},
         datasets=[f"folder:{name}" for name in HOSTILE],
+        metrics=["attention_distance", "nmi"],
         outcomes=outcomes,
         bad=bad,
         about=about,
@@ -598,8 +600,8 @@ onload = () => {
     const boxes = [...svg.querySelectorAll("text")].filter(t => t.textContent.trim())
       .map(t => [t.textContent, t.getBoundingClientRect()]);
     boxes.forEach(([a, p], i) => {
-      const outside = [frame.left - p.left, p.right - frame.right, frame.top - p.top, p.bottom - frame.bottom];
-      if (Math.max(...outside) > 1) out.cut.push(a);
+      const sides = [frame.left - p.left, p.right - frame.right, frame.top - p.top, p.bottom - frame.bottom];
+      if (Math.max(...sides) > 1) out.cut.push(a);
       for (const [b, q] of boxes.slice(i + 1)) {
         const wide = Math.min(p.right, q.right) - Math.max(p.left, q.left);
         const high = Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top);
@@ -662,7 +664,9 @@ def test_the_browser_test_would_notice(browser, tmp_path):
 
 def test_hostile_page_in_a_browser(browser, tmp_path):
     names = {**dict.fromkeys(HOSTILE, SMALL), "$x_1$@random": SMALL}
-    run = make_run(tmp_path / "r", names, datasets=[f"folder:{HOSTILE[2]}", "folder:b"], images=3)
+    run = make_run(
+        tmp_path / "r", names, datasets=[f"folder:{HOSTILE[2]}", "folder:b"], metrics=["nmi"], images=3
+    )
     html.render(run, run.path / "report.html")
     dom, console, asked = browser(run.path, "report.html")
     assert console == []

@@ -331,3 +331,50 @@ class Slow(Metric):
         time.sleep(0.04)
         return {"slow": layer.tokens_out.mean((1, 2))}
 '''
+
+
+def test_heads_and_layers_a_pack_declares_are_checked(photos, tmp_path):
+    plugin = tmp_path / "packed.py"
+    plugin.write_text(PACKED.format(tiny=str(Path(__file__).parent / "tiny.py")))
+    words = dict(datasets=[f"folder:{photos}"], metrics=["nmi"], plugins=[plugin], limit=2)
+    run = probekit.run(["packed:right@random", "packed:heads@random", "packed:layers@random"], out=tmp_path / "r", **words)
+    outcome = {c.model: c.outcome for c in run.cells()}
+    assert outcome["packed:right@random"].status == "done"
+    assert "has 2 heads, but its pack declares 6" in outcome["packed:heads@random"].reason
+    assert "has 3 layers, but its pack declares 12" in outcome["packed:layers@random"].reason
+
+
+PACKED = '''
+from probekit import ModelSpec, hookimpl
+from probekit.plugin_files import import_file
+from pathlib import Path
+
+PROBEKIT_API = 1
+
+def build(variant, image_size=None):
+    return import_file(Path({tiny!r})).build()
+
+@hookimpl
+def probekit_models():
+    common = dict(name="packed", summary="a test", target="packed:build")
+    return [
+        ModelSpec(variant="right", heads=2, layers=3, **common),
+        ModelSpec(variant="heads", heads=6, layers=3, **common),
+        ModelSpec(variant="layers", heads=2, layers=12, **common),
+    ]
+'''
+
+
+def test_an_edited_metric_file_is_measured_again(photos, tiny, tmp_path):
+    """The same name and version, another content: the old numbers would be wrong without a word."""
+    plugin = tmp_path / "mine.py"
+    body = "from probekit import Metric\nclass Mine(Metric):\n    name='mine'; needs={'attention'}; dims={'mine': ()}\n"
+    body += "    def measure(self, layer):\n        return {'mine': layer.attention.mean((1, 2, 3)) * 0 + FACTOR}\n"
+    found = []
+    for factor in (1, 1, 2):
+        plugin.write_text(body.replace("FACTOR", str(factor)))
+        seen = []
+        words = dict(out=tmp_path / "r", plugins=[plugin], limit=4, on_event=seen.append)
+        run = probekit.run([tiny], [f"folder:{photos}"], ["mine"], **words)
+        found.append((float(run.result("mine")["mine"][0]), any(e.kind == "images" for e in seen)))
+    assert found == [(1.0, True), (1.0, False), (2.0, True)]

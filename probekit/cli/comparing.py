@@ -217,7 +217,7 @@ def _print(found: Comparison) -> None:
     overall = _overall(found)
     rows.append(["", "all, mean", "", "", interval(*overall.values()), _mark(overall)])
     print_table(("depth", "layer", "A", "B", "A - B [low, high]", ""), rows, 5, 2)
-    typer.echo("* the interval excludes 0; each row by itself, not corrected for the number of rows")
+    typer.echo("* the interval excludes 0; each row by itself, not corrected for their number")
     typer.echo()
 
 

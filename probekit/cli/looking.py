@@ -42,6 +42,7 @@ def inspect_command(
     from probekit.grid import parse_size
     from probekit.model import load_model
     from probekit.specs import Preprocessing
+    from probekit.subject import check_spec
     from probekit.watch import Watcher
 
     size = parse_size(image_size) if image_size else None
@@ -51,6 +52,7 @@ def inspect_command(
     parts = loaded.declared.parts if loaded.declared else None
     watcher = Watcher(loaded.module, pixels, forward=loaded.forward, declared_parts=parts, allow_unwatched=allow_unwatched)
     anatomy = watcher.anatomy
+    check_spec(loaded.spec, anatomy)
     if as_json:
         about = {
             "model": model,

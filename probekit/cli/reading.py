@@ -50,7 +50,8 @@ def choose(kind: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
     for name in asked:
         near = [k for k in known if name in (k, k.partition(":")[0], k.partition("@")[0])]
         if name not in known and len(near) != 1:
-            hint = did_you_mean(name, known) or f"it has {', '.join(map(tame, known))}"
+            families = [k.partition(":")[0] for k in known]
+            hint = did_you_mean(name, [*known, *families]) or f"it has {', '.join(map(tame, known))}"
             if near:
                 raise UsageError(
                     f"{quoted(name)} could be {len(near)} {kind}s", hint=" or ".join(map(tame, near))
@@ -234,14 +235,17 @@ def _print_panel(chart: Chart, panel: Panel) -> None:
     about = ", ".join(text for text in (chart.figure, chart.units and f"in {chart.units}") if text)
     for line in wrapped(f"{chart.metric} on {panel.dataset}{f' ({about})' if about else ''}", 0):
         typer.echo(line)
-    for line in wrapped(
-        f"mean [low, high]: {chart.interval or 'no interval'}; +- standard deviation over heads", 0
-    ):
+    has_heads = any(p.spread == p.spread for c in panel.curves for p in c.points)
+    spread = "; +- standard deviation over heads" if has_heads else ""
+    for line in wrapped(f"mean [low, high]: {chart.interval or 'no interval'}{spread}", 0):
         typer.echo(line)
     rows = panel.table()
-    parts = len({row.part for row in rows}) > 1
-    heads = ["depth", *(["part"] if parts else []), "layer"]
-    table = [[f"{r.depth:g}", *([r.part] if parts else []), shortened(r.layer, 30)] for r in rows]
+    # what is the same in every row, or another for every model, tells nothing here
+    names = {"site": 9, "part": 9, "layer": 30}
+    shown = [n for n in names if len({getattr(r, n) for r in rows}) > 1]
+    shown = [n for n in shown if not any(" / " in getattr(r, n) for r in rows)]
+    heads = ["depth", *shown]
+    table = [[f"{r.depth:g}", *(shortened(getattr(r, n), names[n]) for n in shown)] for r in rows]
     fixed = len(heads)
     for curve in panel.curves:
         heads.append(shortened(tame(curve.model), 30))
@@ -331,4 +335,4 @@ def report_command(
         import webbrowser
 
         if not webbrowser.open(written.resolve().as_uri()):
-            typer.echo(f"note: no browser could be opened; the page is {written}", err=True)
+            typer.echo(f"note: no browser could be opened; the page is {tame(written)}", err=True)

@@ -24,7 +24,7 @@ def register(app: typer.Typer) -> None:
 
 
 def run_command(
-    grid: Annotated[Path | None, typer.Argument(metavar="[GRID.yaml|GRID.toml]", help="A grid file.", show_default=False)] = None,
+    grid: Annotated[Path | None, typer.Argument(metavar="GRID.yaml|GRID.toml", help="A grid file.", show_default=False)] = None,
     model: Annotated[list[str] | None, typer.Option("--model", "-m", help="NAME[:VARIANT][@WEIGHTS]; repeat for more.")] = None,
     metrics: Annotated[list[str] | None, typer.Option("--metrics", help="NAME[:option=value], commas, globs, !name or all.")] = None,
     dataset: Annotated[list[str] | None, typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH.")] = None,
@@ -101,12 +101,17 @@ def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
 
 
+_BAD_SHOWN = 3
+_VERB = {"does not apply": "not applicable"}
+
+
 class _Listener:
     """Shows a run's events: a progress bar per cell on a terminal, lines elsewhere, nothing for ``--json``."""
 
     def __init__(self, progress: Any):
         self.progress = progress
         self.errors: list[Any] = []
+        self.bad_images = 0
         self._task: Any = None
 
     def say(self, text: str) -> None:
@@ -127,6 +132,10 @@ class _Listener:
             self.progress.update(self._task, base=event.done)
         elif event.kind == "images":
             self.progress.advance(self._task, event.done)
+        elif event.kind == "bad-image":
+            self.bad_images += 1
+            if self.bad_images <= _BAD_SHOWN:
+                self.say(f"  note: {event.text}")
         elif event.kind == "warning":
             self.say(f"  note: {event.metric or event.model}: {event.text}")
         elif event.kind == "metric" and event.outcome.status != "done":
@@ -163,7 +172,8 @@ def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) ->
 
     passes = sum(f.remaining > 0 for f in found)
     seconds = sum(f.seconds for f in found)
-    typer.echo(f"  {counts}: {_count(passes, 'pass').replace('passs', 'passes')}, about {_duration(seconds)}, {human_bytes(sum(f.bytes for f in found))} kept in {folder}")
+    cost = f"about {_duration(seconds)}, {human_bytes(sum(f.bytes for f in found))} kept" if passes else "nothing to do"
+    typer.echo(f"  {counts}: {passes} {'pass' if passes == 1 else 'passes'}, {cost} in {folder}")
     for f in found:
         typer.echo(f"  {f.model} x {f.dataset}")
         typer.echo(f"    {f.remaining} of {f.images} images to measure: {', '.join(f.metrics) or 'nothing'}")
@@ -190,9 +200,9 @@ def _closing(run: Run, catalog: Any, listen: _Listener, as_json: bool) -> int:
         listed = [{"model": c.model, "dataset": c.dataset, "metric": c.metric, "status": c.outcome.status, "reason": c.outcome.reason} for c in cells]
         typer.echo(json.dumps({"folder": str(run.path), "report": str(report), "cells": listed}, indent=2))
     else:
-        parts = [f"{_count(len(found), 'cell')} {status}" for status, found in by_status.items() if status != "does not apply"]
-        for cell in by_status.get("does not apply", []):
-            parts.append(f"1 does not apply ({cell.metric}: {cell.outcome.reason})")
+        parts = [f"{_count(len(found), 'cell')} {_VERB.get(status, status)}" for status, found in by_status.items()]
+        if listen.bad_images:
+            parts.append(f"{_count(listen.bad_images, 'image')} left out")
         typer.echo(f"  {', '.join(parts)}")
         typer.echo(f"  {report}")
     if listen.errors and "done" not in by_status:

@@ -1,4 +1,8 @@
-"""Any model of timm by its name, with timm's weights, random ones, or a checkpoint of the user's own."""
+"""Any model of timm by its name, with timm's weights, random ones, or a checkpoint of the user's own.
+
+A name is timm's (``vit_tiny_patch16_224``, with or without a tag), ``hf-hub:ORG/NAME`` or
+``local-dir:FOLDER``, whose config.json says which model it is.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import difflib
 import math
 import re
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +21,68 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import create_model, get_pretrained_cfg, is_model, list_models
 from torch import Tensor, nn
 
-from probekit.checkpoints import check_heads, own_state
+from probekit.checkpoints import check_heads
 from probekit.errors import PluginError, UsageError, WeightsError
-from probekit.fetch import hub, hub_answer
-from probekit.model import Model
+from probekit.fetch import hub, hub_answer, sha256
+from probekit.model import Model, WeightsIdentity
+from probekit.models.timm_own import OwnWeights, weights_in
 from probekit.specs import Preprocessing
 
+HUB, FOLDER = "hf-hub:", "local-dir:"
 
-def build(variant: str, *, weights: str | Path, image_size: tuple[int, int] | None = None) -> Model:
+
+def build(
+    variant: str,
+    *,
+    weights: str | Path,
+    image_size: tuple[int, int] | None = None,
+    container: str = "",
+    prefix: str = "",
+) -> Model:
     """`timm.create_model` with strict weights and timm's own data config as preprocessing.
 
-    variant:    a timm name, with or without a tag
-    weights:    "published" (timm's), "random", or the path of a checkpoint, which goes through timm's
-                filter for that architecture and must then fit without a key to spare; the classifier
-                takes the file's number of classes, none where the file has no classifier
+    variant:    a timm name, with or without a tag, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``
+    weights:    "published" (timm's, the repository's, the folder's), "random", or the path of a
+                checkpoint. There the weights are found by the model's names (`probekit.candidates`), go
+                through timm's filter for that architecture and must then fit without a key to spare;
+                the classifier takes the file's number of classes, none where the file has no classifier
     image_size: (rows, columns), through timm's ``img_size``
+    container, prefix: where in the checkpoint the weights lie, if several places would do
     Raises UsageError for an unknown name or a size the model can't take, WeightsError.
     """
-    _check_name(variant)
+    local = isinstance(weights, Path)
+    if variant.startswith(FOLDER):
+        variant = FOLDER + str(Path(variant.removeprefix(FOLDER)).expanduser())
+        if weights == "published":
+            weights = weights_in(Path(variant.removeprefix(FOLDER)))
+    if not variant.startswith((HUB, FOLDER)):
+        _check_name(variant)
+    if (container or prefix) and not isinstance(weights, Path):
+        raise UsageError(
+            "'container' and 'prefix' say where in a checkpoint the weights lie, and no checkpoint is given",
+            hint=f"write 'timm:{variant}:container=NAME@PATH'",
+        )
+    own = None
     arguments: dict[str, Any] = {}
     if isinstance(weights, Path):
-        arguments = _own_weights(variant, weights)
+        blank = _create(variant, {}, image_size, weights, blank=True)
+        own = OwnWeights.find(weights, blank, f"timm:{variant}", container, prefix)
+        arguments = own.arguments()
     elif weights == "published":
         _check_published(variant)
         arguments = {"pretrained": True}
-    module = _create(variant, arguments, image_size, weights)
-    state = module.pretrained_cfg.pop("state_dict", None)  # our own file's tensors, of no more use
-    if state is not None:
-        check_heads(module, state, str(weights))
+    module = _create(variant, arguments, image_size, weights, where=own.place.where if own else "")
+    module.pretrained_cfg.pop("state_dict", None)  # our own file's tensors, of no more use
     if image_size is not None:
         _check_patch(module, image_size, variant)
-    return Model(module, preprocessing=preprocessing_of(module))
+    model = Model(module, preprocessing=preprocessing_of(module))
+    if own is not None:
+        check_heads(module, own.state, str(weights))
+        model.accounting = own.accounting(module)
+        if not local:
+            note = str(model.accounting)
+            model.weights = WeightsIdentity("file", str(weights), sha256(weights), note)
+    return model
 
 
 def preprocessing_of(module: nn.Module) -> Preprocessing:
@@ -160,6 +196,8 @@ def get_known(variant: str) -> Any:
 
 
 def _check_published(variant: str) -> None:
+    if variant.startswith(HUB):
+        return
     config = get_known(variant)
     if config is None or not config.has_weights:
         base = variant.partition(".")[0]
@@ -173,31 +211,34 @@ def _check_published(variant: str) -> None:
 
 
 def _create(
-    variant: str, arguments: dict[str, Any], image_size: tuple[int, int] | None, weights: str | Path
+    variant: str,
+    arguments: dict[str, Any],
+    image_size: tuple[int, int] | None,
+    weights: str | Path,
+    *,
+    blank: bool = False,
+    where: str = "",
 ) -> nn.Module:
+    """The module; `blank` without memory for its weights, for their names and shapes alone."""
     size = {} if image_size is None else {"img_size": tuple(image_size)}
     source = str(weights) if isinstance(weights, Path) else variant
+    fetching = weights == "published" or variant.startswith(HUB)
     try:
-        if weights == "published":
-            with hub():
-                return _sized(variant, arguments, size)
-        return _sized(variant, arguments, size)
+        with hub() if fetching else nullcontext(), torch.device("meta") if blank else nullcontext():
+            return _sized(variant, arguments, size)
     except (UsageError, WeightsError, MemoryError):
         raise
-    except OSError as error:
-        raise _offline(variant, error) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] in (
-            "httpx",
-            "httpx2",
-            "httpcore",
-            "httpcore2",
-            "huggingface_hub",
-        ):
+        if variant.startswith(FOLDER) and isinstance(error, (OSError, ValueError, KeyError)):
+            raise WeightsError(
+                f"'{variant.removeprefix(FOLDER)}' is no folder of a timm model: {error}",
+                hint="it holds config.json and model.safetensors, as timm's `save_for_hf` writes them",
+            ) from error
+        if isinstance(error, OSError) or type(error).__module__.partition(".")[0] in _NETWORK:
             raise _offline(variant, error) from error
         if isinstance(error, RuntimeError) and "loading state_dict" in str(error):
-            raise _misfit(source, variant, str(error)) from error
-        if isinstance(weights, Path):
+            raise _misfit(source, variant, str(error), where) from error
+        if isinstance(weights, Path) and not blank:
             raise WeightsError(
                 f"timm can't read '{source}' as weights of '{variant}': {type(error).__name__}: {error}",
                 hint="the file is of another architecture, or needs a model pack that knows its layout",
@@ -208,6 +249,9 @@ def _create(
                 hint="leave --image-size out, or take a size its windows and patches divide",
             ) from error
         raise PluginError(f"timm failed to build '{variant}': {type(error).__name__}: {error}") from error
+
+
+_NETWORK = {"httpx", "httpx2", "httpcore", "httpcore2", "huggingface_hub"}
 
 
 def _sized(variant: str, arguments: dict[str, Any], size: dict[str, Any]) -> nn.Module:
@@ -232,23 +276,7 @@ def _check_patch(module: nn.Module, image_size: tuple[int, int], variant: str) -
         check_multiple(image_size, patch, f"timm:{variant}")
 
 
-def _own_weights(variant: str, path: Path) -> dict[str, Any]:
-    """Arguments of `create_model` that load `path` through timm's filter, strictly."""
-    state = own_state(path)
-    overlay: dict[str, Any] = {"state_dict": state}
-    arguments: dict[str, Any] = {"pretrained": True, "pretrained_cfg_overlay": overlay}
-    classifier = getattr(get_pretrained_cfg(variant), "classifier", None)
-    classifier = classifier[0] if isinstance(classifier, (tuple, list)) and classifier else classifier
-    if isinstance(classifier, str):
-        weight = state.get(f"{classifier}.weight")
-        # Said to be the config's number too: timm throws the head away, and loads the rest with
-        # strict=False, where the two differ.
-        arguments["num_classes"] = overlay["num_classes"] = 0 if weight is None else weight.shape[0]
-        overlay["label_offset"] = 0
-    return arguments
-
-
-def _misfit(source: str, variant: str, message: str) -> WeightsError:
+def _misfit(source: str, variant: str, message: str, where: str) -> WeightsError:
     """PyTorch's list of every key, as one sentence with the first few."""
     parts = []
     for label, pattern in (
@@ -267,12 +295,17 @@ def _misfit(source: str, variant: str, message: str) -> WeightsError:
         shown = ", ".join(f"'{key}' {have} where the model has {want}" for key, have, want in shapes[:3])
         parts.append(f"{len(shapes)} of another shape ({shown}{', ...' if len(shapes) > 3 else ''})")
     return WeightsError(
-        f"'{source}' doesn't fit 'timm:{variant}': keys {'; '.join(parts)}",
+        f"'{source}'{f' (in {where})' if where else ''} doesn't fit 'timm:{variant}': keys {'; '.join(parts)}",
         hint="the file is of another architecture, or one that a model pack reads: `probekit list models`",
     )
 
 
 def _offline(variant: str, error: Exception) -> WeightsError:
+    if variant.startswith(HUB):
+        return WeightsError(
+            f"can't fetch '{variant.removeprefix(HUB)}' from the Hugging Face hub: {hub_answer(error)}",
+            hint="without a network, copy the repository's files into a folder: 'timm:local-dir:FOLDER'",
+        )
     config = get_known(variant)
     repository = getattr(config, "hf_hub_id", None)
     where = f" ('{repository}' on the Hugging Face hub)" if repository else ""

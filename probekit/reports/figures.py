@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import IdentityTransform
 
 from probekit.reports.charts import Baseline, Chart, Curve, Panel, Point, clean
-from probekit.reports.looks import HAIRLINE, INK, MUTED, SURFACE, Style, embedded, legend_name
+from probekit.reports.looks import HAIRLINE, INK, MUTED, SURFACE, Style, embedded, label, legend_name
 from probekit.reports.placing import apart, fitting, shortened
 
 _FONT = 13.0  # px, as everything here: one unit of the SVG's view box is a px of matplotlib at 72 dpi
@@ -36,7 +36,7 @@ class Form:
     label_chars: int
 
 
-WIDE = Form("wide", 860, 390, 26)
+WIDE = Form("wide", 860, 390, 27)
 NARROW = Form("narrow", 380, 330, 0)
 
 
@@ -221,8 +221,8 @@ class _Drawing:
                 start, stop = max(section.start, self.depths[0]), min(section.stop, self.depths[1])
                 if number:
                     self.axes.axvline(section.start, color=MUTED, linewidth=0.8, alpha=0.55, zorder=1)
-                label = fitting(section.label, (self.x(stop) - self.x(start)) / (_GLYPH - 0.5))
-                self.text((self.x(start) + self.x(stop)) / 2, place, label, "center", "bottom")
+                name = fitting(section.label, (self.x(stop) - self.x(start)) / (_GLYPH - 0.5))
+                self.text((self.x(start) + self.x(stop)) / 2, place, name, "center", "bottom")
             place += _ROW
             if _named(self.panel):
                 room = int((self.x1 - self.x0) / _GLYPH)
@@ -259,7 +259,7 @@ class _Drawing:
             self.text(
                 self.x1 + 24,
                 place,
-                shortened(line.name, self.form.label_chars),
+                label(line.name, self.form.label_chars),
                 "left",
                 "center_baseline",
                 INK,

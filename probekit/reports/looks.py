@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from probekit.reports.charts import clean, is_untrained
+from probekit.reports.placing import shortened
 
 # Okabe and Ito's colours without yellow, ordered so that neighbours differ most for colour-blind readers.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5578f", "#56a5d8", "#b07d00")
@@ -27,6 +28,7 @@ _SHAPES = {
     "X": "M15 3l2 2l2-2l2 2l-2 2l2 2l-2 2l-2-2l-2 2l-2-2l2-2l-2-2z",
 }
 _MARKERS = tuple(_SHAPES)
+_MARK = " (untrained)"
 _PROPERTIES = {
     **{colour: f"--s{number}" for number, colour in enumerate(SERIES, 1)},
     UNTRAINED: "--untrained",
@@ -82,7 +84,14 @@ def styles(models: Sequence[str]) -> dict[str, Style]:
 
 def legend_name(model: str) -> str:
     """``moco:vit-b16 (untrained)``"""
-    return f"{model.removesuffix('@random')} (untrained)" if is_untrained(model) else model
+    return f"{model.removesuffix('@random')}{_MARK}" if is_untrained(model) else model
+
+
+def label(name: str, limit: int) -> str:
+    """A name of at most `limit` characters that still says what is untrained."""
+    if name.endswith(_MARK) and len(name) > limit > len(_MARK) + 3:
+        return shortened(name.removesuffix(_MARK), limit - len(_MARK)) + _MARK
+    return shortened(name, limit)
 
 
 def embedded(text: str, key: str, label: str, form: str) -> str:

@@ -45,13 +45,13 @@ def facts(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def command(run: Run, folder: str) -> str:
-    """The command that makes this run, and that does what is missing in it."""
+def command(run: Run, folder: str) -> list[str]:
+    """The command that makes this run, and that does what is missing in it: words quoted for a shell."""
     settings = run.info["settings"]
     words = ["probekit", "run"]
     if any(about.get("capture") for about in _abouts(run)):
         words += ["--replay", "CAPTURE", "--metrics", ",".join(run.metrics)]  # where it lay isn't recorded
-        return shlex.join([*words, "--out", folder])
+        return [shlex.quote(word) for word in (*words, "--out", folder)]
     words += [word for name in run.models for word in ("--model", name)]
     words += ["--metrics", ",".join(run.metrics)]
     words += [word for name in run.datasets for word in ("--dataset", name)]
@@ -60,7 +60,7 @@ def command(run: Run, folder: str) -> str:
         if value is not None and value != default:
             words += [option, "x".join(map(str, value)) if isinstance(value, list) else str(value)]
     words += ["--allow-unwatched"] if settings.get("allow_unwatched") else []
-    return shlex.join([*words, "--out", folder])
+    return [shlex.quote(word) for word in (*words, "--out", folder)]
 
 
 def provenance(run: Run) -> list[dict[str, Any]]:

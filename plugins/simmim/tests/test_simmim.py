@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from probekit.errors import UsageError, WeightsError
 from probekit.model import load_model
 from probekit.names import parse_model
+from probekit.watch import Visitor, Watcher
 
 WIDTH, HEADS, SIZE = 768, 12, 64
 
@@ -26,7 +27,7 @@ class Catalog:
 
     def model(self, ref):
         ref = parse_model(ref)
-        spec = probekit_models()[0]
+        spec = next(s for s in probekit_models() if s.variant == (ref.variant or "vit-b16"))
         return SimpleNamespace(
             spec=spec, pack="simmim", version="0", ref=ref, options={}, variant=spec.variant
         )
@@ -36,17 +37,22 @@ class Catalog:
         return getattr(importlib.import_module(module), attribute)
 
 
-def encoder_shapes() -> dict[str, tuple[int, ...]]:
-    """METRICS.md part II, "Key shapes", SimMIM ViT-B, without the "encoder." prefix."""
+def encoder_shapes(variant: str = "vit-b16") -> dict[str, tuple[int, ...]]:
+    """METRICS.md part II, "Key shapes", SimMIM ViT-B, without the "encoder." prefix; and fine-tuned."""
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, 768),
         "patch_embed.proj.weight": (768, 3, 16, 16),
         "patch_embed.proj.bias": (768,),
-        "rel_pos_bias.relative_position_bias_table": (732, 12),
-        "norm.weight": (768,),
-        "norm.bias": (768,),
     }
+    if variant == "vit-b16":
+        shapes |= {"rel_pos_bias.relative_position_bias_table": (732, 12)}
+        shapes |= {"norm.weight": (768,), "norm.bias": (768,)}
+    else:
+        shapes |= {"fc_norm.weight": (768,), "fc_norm.bias": (768,)}
+        shapes |= {"head.weight": (1000, 768), "head.bias": (1000,)}
     for block in range(12):
+        if variant == "vit-b16-ft":
+            shapes[f"blocks.{block}.attn.relative_position_bias_table"] = (732, 12)
         shapes |= {
             f"blocks.{block}.gamma_1": (768,),
             f"blocks.{block}.gamma_2": (768,),
@@ -81,10 +87,10 @@ def relative_index() -> torch.Tensor:
 INDEX = relative_index()
 
 
-def encoder(seed: int) -> dict[str, torch.Tensor]:
+def encoder(seed: int, variant: str = "vit-b16") -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     state = {}
-    for key, shape in encoder_shapes().items():
+    for key, shape in encoder_shapes(variant).items():
         scale = 0.04 if ".qkv.weight" in key else 1.0 if "bias_table" in key else 0.02
         centre = 1.0 if "norm" in key and "weight" in key else 0.1 if "gamma" in key else 0.0
         state[key] = torch.randn(shape, generator=generator) * scale + centre
@@ -130,7 +136,7 @@ def checkpoint(weights: dict, monkeypatch) -> dict:
 
 
 def reference(state: dict[str, torch.Tensor], images: torch.Tensor):
-    """Tokens after each block and attention of each block, float64, from the file's tensors."""
+    """(layers, output) in float64 from the file's tensors; per layer tokens between, tokens after, map."""
     w = {key: value.double() for key, value in state.items()}
     count = images.shape[0]
 
@@ -147,39 +153,49 @@ def reference(state: dict[str, torch.Tensor], images: torch.Tensor):
     )
     x = patches @ w["patch_embed.proj.weight"].reshape(WIDTH, 768).T + w["patch_embed.proj.bias"]
     x = torch.cat([w["cls_token"].expand(count, 1, WIDTH), x], dim=1)
-    bias = w["rel_pos_bias.relative_position_bias_table"][INDEX].permute(2, 0, 1)
-    tokens, attention = [], []
+    layers = []
     for block in range(12):
         name = f"blocks.{block}"
+        table = w.get("rel_pos_bias.relative_position_bias_table")
+        if table is None:
+            table = w[f"{name}.attn.relative_position_bias_table"]
         qkv = norm(x, f"{name}.norm1") @ w[f"{name}.attn.qkv.weight"].T
         q, k, v = qkv.split(WIDTH, dim=-1)
         q, v = q + w[f"{name}.attn.q_bias"], v + w[f"{name}.attn.v_bias"]
         q, k, v = (part.reshape(count, 197, HEADS, SIZE).transpose(1, 2) for part in (q, k, v))
-        logits = q @ k.transpose(-1, -2) / math.sqrt(SIZE) + bias
+        logits = q @ k.transpose(-1, -2) / math.sqrt(SIZE) + table[INDEX].permute(2, 0, 1)
         logits = torch.exp(logits - logits.amax(-1, keepdim=True))
         probabilities = logits / logits.sum(-1, keepdim=True)
         mixed = (probabilities @ v).transpose(1, 2).reshape(count, 197, WIDTH)
-        x = x + w[f"{name}.gamma_1"] * linear(mixed, f"{name}.attn.proj")
-        hidden = linear(norm(x, f"{name}.norm2"), f"{name}.mlp.fc1")
+        mid = x + w[f"{name}.gamma_1"] * linear(mixed, f"{name}.attn.proj")
+        hidden = linear(norm(mid, f"{name}.norm2"), f"{name}.mlp.fc1")
         hidden = hidden * 0.5 * (1 + torch.erf(hidden / math.sqrt(2)))
-        x = x + w[f"{name}.gamma_2"] * linear(hidden, f"{name}.mlp.fc2")
-        tokens.append(x)
-        attention.append(probabilities)
-    return tokens, attention
+        x = mid + w[f"{name}.gamma_2"] * linear(hidden, f"{name}.mlp.fc2")
+        layers.append((mid, x, probabilities))
+    if "head.weight" in w:
+        return layers, linear(norm(x[:, 1:].mean(1), "fc_norm"), "head")
+    return layers, norm(x, "norm")[:, 0]
 
 
-def watched(module: torch.nn.Module, images: torch.Tensor):
-    """The same of the module we load, by plain forward hooks."""
-    tokens, attention, handles = [], [], []
-    for block in module.blocks:
-        block.attn.fused_attn = False
-        handles.append(block.register_forward_hook(lambda m, i, out: tokens.append(out)))
-        handles.append(block.attn.attn_drop.register_forward_hook(lambda m, i, out: attention.append(out)))
-    with torch.inference_mode():
-        module(images)
-    for handle in handles:
-        handle.remove()
-    return tokens, attention
+def assert_same(state: dict[str, torch.Tensor], module: torch.nn.Module):
+    """What metrics see of the module we load, and its output, are the reference's."""
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
+    found = []
+
+    def visit(layer):
+        sites = ("tokens_mid", "tokens_out")
+        tokens = [torch.cat([layer.prefix_tokens(site), getattr(layer, site)], 1) for site in sites]
+        found.append((*tokens, layer.attention_full))
+
+    needs = frozenset({"tokens_mid", "tokens_out", "attention_full"})
+    output = Watcher(module, images).run(images, [Visitor(needs, visit)])
+    layers, expected = reference(state, images)
+    assert len(found) == 12
+    for number, (want, have) in enumerate(zip(layers, found, strict=True)):
+        for name, a, b in zip(("tokens after attention", "tokens", "attention"), want, have, strict=True):
+            assert a.shape == b.shape and (a - b).abs().max() < 1e-5, f"{name} of block {number}"
+    assert (output - expected).abs().max() < 1e-5
+    assert layers[-1][2].amax(-1).mean() * 197 > 2, "the attention is uniform: it would show no difference"
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +221,7 @@ def published(weights, tmp_path, monkeypatch):
 def test_the_published_layout_gives_the_reference_tokens_and_attention(published, weights):
     _, save = published
     model = load_model(f"simmim:vit-b16@{save()}", Catalog())
-    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(5))
-    expected, found = reference(weights, images), watched(model.module, images)
-    for want, have in zip(expected, found, strict=True):
-        assert len(have) == 12
-        for layer in range(12):
-            assert (have[layer] - want[layer]).abs().max() < 1e-5, f"block {layer}"
-    assert expected[1][-1].amax(-1).mean() * 197 > 2, "the attention is uniform: it would show no difference"
+    assert_same(weights, model.module)
     assert len(model.accounting.used) == len(weights)
     assert set(model.accounting.ignored) == {
         "encoder.mask_token",
@@ -230,23 +240,67 @@ def test_a_bare_state_dict_saved_as_our_hint_says(weights, tmp_path):
     assert torch.equal(module.blocks[11].gamma_2, weights["blocks.11.gamma_2"])
 
 
-def test_the_network_is_the_papers():
-    module = load_model("simmim@random", Catalog()).module
+def fine_tuned(state: dict[str, torch.Tensor]) -> dict:
+    """As main_finetune.py writes it: no prefix, the buffers of every block."""
+    index = {f"blocks.{block}.attn.relative_position_index": INDEX for block in range(12)}
+    return {"model": state | index, "epoch": 99, "max_accuracy": 83.8, "args": argparse.Namespace(amp="O1")}
+
+
+def test_the_fine_tuned_layout(published, tmp_path):
+    weights = encoder(2, "vit-b16-ft")
+    path = tmp_path / "simmim_finetune__vit_base.pth"
+    torch.save(fine_tuned(weights), path)
+    model = load_model(f"simmim:vit-b16-ft@{path}", Catalog())
+    assert_same(weights, model.module)
+    assert len(model.accounting.used) == len(weights)
+    assert set(model.accounting.ignored) == {f"blocks.{n}.attn.relative_position_index" for n in range(12)}
+
+    wide = load_model(f"simmim:vit-b16-ft@{path}", Catalog(), image_size=(224, 448)).module
+    assert wide.blocks[7].attn.relative_position_bias_table.shape == (27 * 55 + 3, 12)
+
+    with pytest.raises(
+        WeightsError,
+        match=r"finetune__vit_base.pth' is a file of 'simmim:vit-b16-ft', not of 'simmim:vit-b16'",
+    ) as caught:
+        load_model(f"simmim:vit-b16@{path}", Catalog())
+    assert "'simmim:vit-b16-ft@PATH'" in caught.value.hint
+    _, save = published
+    with pytest.raises(WeightsError, match="is a file of 'simmim:vit-b16', not of 'simmim:vit-b16-ft'"):
+        load_model(f"simmim:vit-b16-ft@{save()}", Catalog())
+
+
+@pytest.mark.parametrize("variant", ["vit-b16", "vit-b16-ft"])
+def test_the_network_is_the_papers(variant):
+    module = load_model(f"simmim:{variant}@random", Catalog()).module
     assert [block.attn.num_heads for block in module.blocks] == [12] * 12
     assert module.pos_embed is None
     assert {m.eps for m in module.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-6}
-    assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == encoder_shapes()
+    assert {key: tuple(value.shape) for key, value in module.state_dict().items()} == encoder_shapes(variant)
     assert float(module.blocks[0].gamma_1.detach().max()) == pytest.approx(0.1)
+
+
+def test_an_untrained_network_starts_as_the_authors_do():
+    module = load_model("simmim@random", Catalog(), seed=3).module
+    for weight in (module.patch_embed.proj.weight, module.blocks[4].mlp.fc1.weight):  # cut off at one sigma
+        weight = weight.detach()
+        assert float(weight.abs().max()) == pytest.approx(0.02, rel=1e-3)
+        assert float(weight.std()) == pytest.approx(0.02 * 0.5396, rel=0.02)
+    for block in (0, 11):
+        weight = module.blocks[block].attn.proj.weight.detach()
+        assert float(weight.abs().max()) == pytest.approx(0.02 / math.sqrt(2 * (block + 1)), rel=1e-3)
+    assert not module.patch_embed.proj.bias.detach().any()
+    tuned = load_model("simmim:vit-b16-ft@random", Catalog(), seed=3).module
+    assert float(tuned.blocks[4].mlp.fc1.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+    assert float(tuned.head.weight.detach().std()) == pytest.approx(2e-5, rel=0.02)
 
 
 def test_other_files_are_refused(published, tmp_path):
     content, save = published
     state = content["model"]
     del state["encoder.blocks.3.attn.q_bias"]
-    for block in range(12):  # as fine-tuning copies the shared table
-        state[f"encoder.blocks.{block}.attn.relative_position_bias_table"] = torch.zeros(732, 12)
+    state["encoder.pos_embed"] = torch.zeros(1, 197, 768)
     with pytest.raises(
-        WeightsError, match=r"1 missing \('blocks.3.attn.q_bias' \(768\)\); 12 unexpected"
+        WeightsError, match=r"1 missing \('blocks.3.attn.q_bias' \(768\)\); 1 unexpected \('pos_embed'"
     ) as caught:
         load_model(f"simmim@{save()}", Catalog())
     assert "fine-tuned" in caught.value.hint
@@ -312,8 +366,19 @@ def test_the_interpolated_table_keeps_its_axes(weights, tmp_path, axis):
         assert float(along[40]) > float(rising[26]) / 2  # the steps grow, so half-way out is past the half
 
 
-def test_what_the_entry_says():
-    (spec,) = probekit_models()
-    assert (spec.full_name, spec.heads, spec.layers, spec.objective) == ("simmim:vit-b16", 12, 12, "MIM")
-    assert spec.default and spec.citation and spec.weights.licence == "MIT"
-    assert "1dJn6GYkwMIcoP3zqOEyW1_iQfpBi8UOw" in spec.weights.url
+def test_what_the_entries_say():
+    specs = {spec.variant: spec for spec in probekit_models()}
+    assert list(specs) == ["vit-b16", "vit-b16-ft", "swin-b", "swin-l"]
+    assert [spec.variant for spec in specs.values() if spec.default] == ["vit-b16"]
+    for variant, objective, file in (
+        ("vit-b16", "MIM", "1dJn6GYkwMIcoP3zqOEyW1_iQfpBi8UOw"),
+        ("vit-b16-ft", "supervised", "1fKgDYd0tRgyHyTnyB1CleYxjo0Gn5tEB"),
+        ("swin-b", "MIM", "15zENvGjHlM71uKQ3d2FbljWPubtrPtjl"),
+        ("swin-l", "MIM", "1qDxrTl2YUDB0505_4QrU5LU2R1kKmcBP"),
+    ):
+        spec = specs[variant]
+        assert spec.objective == objective and f"id={file}&" in spec.weights.url
+        assert spec.citation and spec.weights.licence == "MIT"
+        assert (spec.heads, spec.layers) == ((12, 12) if variant.startswith("vit") else (None, 24))
+    assert specs["swin-b"].preprocessing.size == specs["swin-l"].preprocessing.size == (192, 192)
+    assert len({spec.weights.filename for spec in specs.values()}) == 4

@@ -1,0 +1,1 @@
+"""BEiT and BEiT v2 Vision Transformers for probekit."""

@@ -1,0 +1,1 @@
+"""Pooling-based Vision Transformers (PiT) for probekit."""

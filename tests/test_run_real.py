@@ -1,0 +1,54 @@
+"""Both packs on real photographs through the public Python API; skipped where there are none."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+
+import probekit
+
+
+@pytest.fixture(scope="module")
+def run(real_data, tmp_path_factory):
+    pytest.importorskip("probekit_moco")
+    pytest.importorskip("probekit_simmim")
+    models = ["moco:vit-s16@random", "simmim:vit-b16@random"]
+    out = tmp_path_factory.mktemp("real") / "r"
+    return probekit.run(models, [f"folder:{real_data / 'imagenet-sample'}"], out=out, limit=6)
+
+
+def test_every_cell_is_done(run):
+    assert [c.outcome.status for c in run.cells()] == ["done"] * 6
+
+
+def test_untrained_networks_attend_almost_uniformly(run):
+    """116.492 px on 14 x 14 tokens of 16 px, METRICS section 1."""
+    for model in run.models:
+        distance = run.result("attention_distance", model=model)
+        np.testing.assert_allclose(distance["uniform"], 116.492, atol=1e-3)
+        np.testing.assert_allclose(distance["attention_distance_curve"], 116.492, atol=3)
+        nmi = run.result("nmi", model=model)
+        assert 0 <= float(nmi["nmi"].min()) and float(nmi["nmi"].max()) < 0.1
+        fourier = run.result("fourier", model=model)
+        assert fourier["fourier"].shape == (25, 7)
+        np.testing.assert_allclose(fourier["frequency"], 2 * np.arange(7) / 14)
+
+
+def test_moco_has_its_twelve_heads(run):
+    assert run.result("nmi", model="moco:vit-s16@random").sizes["head"] == 12
+
+
+def test_intervals_hold_the_mean_and_narrow_with_images(run):
+    nmi = run.result("nmi", model="simmim:vit-b16@random")
+    assert (nmi["nmi_low"] <= nmi["nmi"]).all() and (nmi["nmi"] <= nmi["nmi_high"]).all()
+    assert (nmi["nmi_curve_low"] < nmi["nmi_curve_high"]).all()
+
+
+def test_replaying_the_command_has_the_same_bits(run, real_data, tmp_path):
+    again = probekit.run(run.models[0], run.datasets, out=tmp_path / "again", limit=6)
+    for metric in again.metrics:
+        files = [r.folder(run.models[0], run.datasets[0]).result(metric) for r in (run, again)]
+        one, two = (hashlib.sha256(f.read_bytes()).hexdigest() for f in files)
+        assert one == two
