@@ -62,6 +62,12 @@ def probekit_models() -> list[ModelSpec]:
             name="timm",
             summary="any model of timm by its name: timm:vit_tiny_patch16_224",
             target="probekit.models.timm:build",
+            options={
+                "container": Option(
+                    default="", help="where in your checkpoint the weights are, if several places would do"
+                ),
+                "prefix": Option(default="", help="of the weights' names there; 'none' for no prefix"),
+            },
             any_variant=True,
             loads_weights=True,
             citation="Wightman 2019, PyTorch Image Models, doi:10.5281/zenodo.4414861",

@@ -93,10 +93,11 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 def require_same(folder: CellFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise `StoreError` when a cell's inputs aren't what its folder was made from."""
-    for key in now:
-        if canonical_json(before.get(key)) != canonical_json(now[key]):
+    for key in sorted({*before, *now}):
+        if canonical_json(before.get(key)) != canonical_json(now.get(key)):
+            was, is_now = _short(before.get(key)), _short(now.get(key))
             raise StoreError(
-                f"'{folder.path}' was made with another '{key}': {_short(before.get(key))}, now {_short(now[key])}",
+                f"'{folder.path}' was made with another '{key}': {was}, now {is_now}",
                 hint="use another folder with `--out`",
             )
 

@@ -194,4 +194,9 @@ def measure_batch(source: Source, pixels: Tensor, collectors: Sequence[Collector
 
 def collector(metric: Metric, source: Source) -> Collector:
     """A collector for a metric, its layer axis taken from the watched model or the capture."""
-    return Collector(metric, source.site_rows() if "tokens" in metric.needs else source.layer_rows())
+    made = Collector(metric, source.site_rows() if "tokens" in metric.needs else source.layer_rows())
+    try:
+        made.visitor.captures  # noqa: B018  says so where a layer has no such field
+    except ProbekitError as error:
+        made.failure = Failure(f"{error.message}; {error.hint}")
+    return made

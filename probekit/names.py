@@ -167,9 +167,12 @@ def parse_model(text: str) -> ModelRef:
     variant = ""
     if parts and "=" not in parts[0]:
         variant = parts.pop(0)
-        if variant in _SOURCES and parts:
-            variant = f"{variant}:{parts.pop(0)}"
-        if not variant or variant.rstrip(":") in _SOURCES:
+        if variant in _SOURCES:
+            place = parts.pop(0) if parts else ""
+            if not place.strip():
+                raise _malformed("model", text, f"nothing follows {quoted(variant + ':')}")
+            variant = f"{variant}:{place}"
+        if not variant:
             raise _malformed("model", text, "nothing stands between or after its colons")
         if variant != variant.strip():
             raise _malformed("model", text, f"variant {quoted(variant)} starts or ends with a space")

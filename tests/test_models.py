@@ -295,7 +295,33 @@ def test_a_checkpoint_that_does_not_fit_timm_is_refused(tiny, tmp_path):
         state, "vit_small_patch16_224"
     )
     assert "NaN" in refused(state | {"norm.bias": torch.full((192,), float("nan"))})
-    assert "missing" in refused({f"module.base_encoder.{key}": value for key, value in state.items()})
+    pruned = {key: value for key, value in state.items() if not key.startswith("blocks.11.")}
+    message = refused({"teacher": {f"backbone.{key}": value for key, value in pruned.items()}})
+    assert "w.pth' ('teacher', prefix 'backbone.') doesn't fit 'timm:vit_tiny_patch16_224'" in message
+    assert "keys 12 missing ('blocks.11.norm1.weight'" in message
+    message = refused({"weights": {"layer1.conv.weight": torch.zeros(3)}, "epoch": 3})
+    assert "none of its keys is the model's; it holds 'weights', 'epoch'" in message
+    assert "has patches of 16 x 16 px and 'timm:vit_small_patch8_224' of 8 x 8" in refused(
+        {key: torch.zeros(384, 3, 16, 16) if "proj.weight" in key else value for key, value in state.items()},
+        "vit_small_patch8_224",
+    )
+
+
+def test_a_smaller_window_keeps_the_offsets_that_are_left():
+    from timm.models.swin_transformer import SwinTransformer
+
+    def network(size):
+        return SwinTransformer(
+            img_size=size, window_size=6, embed_dim=8, depths=(1, 2), num_heads=(1, 2), num_classes=0
+        )
+
+    big = network(48).state_dict()  # 12 x 12 tokens, then 6 x 6
+    small = network((24, 48))  # 6 x 12, then 3 x 6
+    fitted = timm_models.fit_grid(big, small)
+    key = "layers.1.blocks.1.attn.relative_position_bias_table"
+    assert fitted[key].shape == (5 * 11, 2)
+    assert torch.equal(fitted[key], big[key].reshape(11, 11, 2)[3:8].flatten(0, 1))
+    small.load_state_dict(fitted)
 
 
 def test_a_moco_vit_s_is_refused_by_timms_six_heads(tmp_path):

@@ -181,6 +181,11 @@ class Undeclared(Metric):
     def measure(self, layer):
         return {"undeclared": layer.tokens_mid.mean((1, 2))}
 
+class Field(Metric):
+    name = "field"; needs = {"attentoin"}; dims = {"field": ()}
+    def measure(self, layer):
+        return {}
+
 class Never(Metric):
     name = "never"; needs = {"attention"}; dims = {"never": ()}
     def measure(self, layer):
@@ -211,6 +216,7 @@ def test_broken_metrics_fail_alone(photos, tiny, tmp_path):
         "shape": "'shape' has shape (4,) for 4 images; 'dims' says (image, head)",
         "names": "'measure' returned ['other'], but 'dims' declares ['names']",
         "undeclared": "'tokens_mid' was not captured",
+        "field": "a layer has no field 'attentoin'",
         "summary": "'summarize' raised KeyError",
     }.items():
         assert outcome[name].status == "failed"

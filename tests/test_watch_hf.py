@@ -148,7 +148,7 @@ def test_swin(implementation: str) -> None:
 
     maps: list[Tensor] = []  # its own output_attentions don't line up with its blocks
     for m in eager.modules():
-        if type(m).__name__ == "SwinSelfAttention":
+        if type(m).__name__ in ("SwinAttention", "SwinSelfAttention"):
             m.register_forward_hook(lambda m, args, out: maps.append(out[1]))
     with torch.no_grad():
         eager(images, output_attentions=True)

@@ -75,7 +75,7 @@ def run_command(
         if set(given) - {"metrics"} or grid is not None or dry_run:
             raise UsageError("--replay takes only --metrics and --out: the capture holds everything else")
         folder = out or Path("runs") / f"replay-{replay.resolve().name}"
-        with _shown(as_json, 1) as listen:
+        with shown(as_json, 1) as listen:
             run = measure_capture(replay, metrics or ["all"], catalog, folder, listen)
         return _closing(run, catalog, listen, as_json)
     resolved = resolve(read_grid(grid, **given) if grid else make_grid(given, "the command"), catalog)
@@ -92,7 +92,7 @@ def run_command(
                 typer.echo(f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.published_as}")
     from probekit.execution import execute
 
-    with _shown(as_json, len(resolved.models) * len(resolved.datasets)) as listen:
+    with shown(as_json, len(resolved.models) * len(resolved.datasets)) as listen:
         run = execute(resolved, catalog, folder, listen)
     return _closing(run, catalog, listen, as_json)
 
@@ -105,7 +105,7 @@ _BAD_SHOWN = 3
 _VERB = {"does not apply": "not applicable"}
 
 
-class _Listener:
+class Shown:
     """Shows a run's events: a progress bar per cell on a terminal, lines elsewhere, nothing for ``--json``."""
 
     def __init__(self, progress: Any):
@@ -143,9 +143,9 @@ class _Listener:
 
 
 @contextmanager
-def _shown(quiet: bool, cells: int) -> Iterator[_Listener]:
+def shown(quiet: bool, cells: int) -> Iterator[Shown]:
     if quiet:
-        yield _Listener(None)
+        yield Shown(None)
         return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
@@ -159,7 +159,7 @@ def _shown(quiet: bool, cells: int) -> Iterator[_Listener]:
 
     columns = [TextColumn("  {task.description}", markup=False), BarColumn(18), MofNCompleteColumn(), Rate(), TimeRemainingColumn(compact=True)]
     with Progress(*columns, console=Console(file=sys.stderr if not sys.stdout.isatty() else None)) as progress:
-        yield _Listener(progress)
+        yield Shown(progress)
 
 
 def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) -> int:
@@ -189,7 +189,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
-def _closing(run: Run, catalog: Any, listen: _Listener, as_json: bool) -> int:
+def _closing(run: Run, catalog: Any, listen: Shown, as_json: bool) -> int:
     """The report, the counts, the exit code."""
     cells = list(run.cells())
     by_status: dict[str, list[Any]] = {}

@@ -45,6 +45,13 @@ class AttentionDistance(Metric):
             "averaging": "keys, then queries; per image and head",
             "eps": 0.0,
             "distance": "Euclidean, token centres, pixels of the network's input",
+            "reading": (
+                "Near the dotted line a head looks everywhere alike; far below it, at its neighbourhood."
+            ),
+            "does_not_show": (
+                "Not what is looked at, nor whether it depends on the query: a map that is one for all "
+                "queries can have any distance."
+            ),
         }
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:

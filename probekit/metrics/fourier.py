@@ -67,6 +67,13 @@ class Fourier(Metric):
             "eps": self.eps,
             "reference": "frequency 0" if dc == "include" else "lowest frequency above 0",
             "frequencies": "(f, f), f = k / min(rows, cols), below Nyquist; no window, no normalisation",
+            "reading": (
+                "The higher, the more the tokens differ between neighbours, relative to what they share."
+            ),
+            "does_not_show": (
+                "A large mean over tokens lowers it as a lack of detail does: see log_amplitude, or "
+                "dc=exclude. Grids of different size end at different frequencies."
+            ),
         }
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:

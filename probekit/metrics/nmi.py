@@ -56,6 +56,11 @@ class NMI(Metric):
             "averaging": "NMI per image and head, then means",
             "eps": self.eps,
             "zero_by_zero": 0.0,
+            "reading": ("0: every query sees the same map. Towards 1: each query sees keys of its own."),
+            "does_not_show": (
+                "Not where the keys are, and not how spread a map is: uniform and collapsed maps are "
+                "both 0, and random but peaked attention is high."
+            ),
         }
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:

@@ -294,8 +294,9 @@ def _misfit(source: str, variant: str, message: str, where: str) -> WeightsError
     if shapes:
         shown = ", ".join(f"'{key}' {have} where the model has {want}" for key, have, want in shapes[:3])
         parts.append(f"{len(shapes)} of another shape ({shown}{', ...' if len(shapes) > 3 else ''})")
+    place = f" ({where})" if where else ""
     return WeightsError(
-        f"'{source}'{f' (in {where})' if where else ''} doesn't fit 'timm:{variant}': keys {'; '.join(parts)}",
+        f"'{source}'{place} doesn't fit 'timm:{variant}': keys {'; '.join(parts)}",
         hint="the file is of another architecture, or one that a model pack reads: `probekit list models`",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -163,15 +164,21 @@ def _initialise(module: Beit, tuned: bool) -> None:
     Normal with 0.02, in pre-training cut off there already; then each block's two outputs are divided
     by sqrt(2 l), l = 1 ... 12, and a classifier by 1000.
     """
-    bound = 2.0 if tuned else 0.02
+    draw = partial(nn.init.normal_, std=0.02) if tuned else _normal_cut_off
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
-            nn.init.trunc_normal_(part.weight, std=0.02, a=-bound, b=bound)
+            draw(part.weight)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
-    nn.init.trunc_normal_(module.cls_token, std=0.02, a=-bound, b=bound)
+    draw(module.cls_token)
     for number, block in enumerate(module.blocks, start=1):
         block.attn.proj.weight.div_(math.sqrt(2 * number))
         block.mlp.fc2.weight.div_(math.sqrt(2 * number))
     if tuned:
         module.head.weight.mul_(1e-3)
+
+
+def _normal_cut_off(weight: Tensor, std: float = 0.02) -> None:
+    """Normal values within one standard deviation. PyTorch's own draws again and again until all are."""
+    inside = math.erf(math.sqrt(0.5))
+    weight.uniform_(-inside, inside).erfinv_().mul_(std * math.sqrt(2)).clamp_(-std, std)

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from probekit_simmim.models import build_swin
+from probekit_simmim.models import build, build_swin, fit
 from probekit_simmim.plugin import probekit_models
 
 from probekit.checkpoints import landing
@@ -121,10 +121,10 @@ def checkpoint(variant: str, state: dict[str, torch.Tensor]) -> dict:
 
 
 def reference(variant: str, state: dict[str, torch.Tensor], images: torch.Tensor):
-    """(layers, output): per layer tokens between and after (B, N, C) in raster order and the map (B, H, N, N).
+    """(layers, output) in float64: per layer tokens between and after (B, N, C), and the map (B, H, N, N).
 
-    Float64. The map is over all pairs of the stage's tokens, 0 where two don't attend to each other:
-    those of other windows of the shifted grid, and of one window that the shift made of two ends.
+    Tokens are in raster order. The map is over all pairs of the stage's tokens, 0 where two don't attend to
+    each other: those of other windows of the shifted grid, and of one that the shift made of two ends.
     """
     w = {key: value.double() for key, value in state.items()}
 
@@ -216,9 +216,8 @@ def test_the_published_layout_gives_the_reference_tokens_and_attention(tmp_path)
 def test_keys_heads_and_norms(variant):
     with torch.device("meta"):
         module = build_swin(variant).module
-    merged = {key.replace("layers.3.down", "layers.2.down") for key in module.state_dict()}
     file = {f"encoder.{key}": torch.empty(shape, device="meta") for key, shape in shapes(variant).items()}
-    assert len(merged) + 0 == len(module.state_dict()) == len(file)
+    assert len(module.state_dict()) == len(file)
     spec = next(spec for spec in probekit_models() if spec.variant == variant)
     assert landing(module, {"model": file}, spec.weights.layout) == len(file)
     sizes = sorted(tuple(value.shape) for value in module.state_dict().values())
@@ -226,6 +225,16 @@ def test_keys_heads_and_norms(variant):
     assert [blocks[0].attn.num_heads for blocks in (s.blocks for s in module.layers)] == list(HEADS[variant])
     assert [s.blocks[1].window_size[0] for s in module.layers] == list(WINDOWS[variant])
     assert {m.eps for m in module.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
+
+
+def test_files_of_other_variants_are_named():
+    with torch.device("meta"):
+        modules = {"swin-b": build_swin("swin-b").module, "vit-b16": build("vit-b16")}
+        files = {name: {key: torch.empty(s) for key, s in shapes(name).items()} for name in WIDTHS}
+    for file, wanted in (("swin-l", "swin-b"), ("swin-b", "vit-b16"), ("vit-b16", "swin-b")):
+        state = files[file] if file in files else modules[file].state_dict()
+        with pytest.raises(WeightsError, match=f"is a file of 'simmim:{file}', not of 'simmim:{wanted}'"):
+            fit(state, modules[wanted])
 
 
 @pytest.mark.skipif(not os.environ.get("PROBEKIT_SLOW"), reason="1 GB; PROBEKIT_SLOW=1 runs it")
@@ -237,7 +246,7 @@ def test_the_large_file_loads(tmp_path):
 
 
 def test_sizes_that_windows_do_not_divide_are_refused_with_those_that_work():
-    with pytest.raises(UsageError, match="windows of 6 x 6 tokens .* don't divide 224 x 224") as caught:
+    with pytest.raises(UsageError, match=r"windows of 6 x 6 tokens .* don't divide 224 x 224") as caught:
         load_model("simmim:swin-b@random", Catalog(), image_size=(224, 224))
     assert "`--image-size 192x192`" in caught.value.hint and "'simmim:swin-b:window=7'" in caught.value.hint
     with pytest.raises(UsageError, match="windows of 12 x 12") as caught:
@@ -288,5 +297,3 @@ def test_a_file_with_other_windows_is_not_resampled_unasked(tmp_path):
     assert "'simmim:swin-b:window=7@PATH'" in caught.value.hint
     model = load_model(f"simmim:swin-b:window=7@{path}", Catalog())
     assert model.accounting.ignored == ("head.weight", "head.bias")
-    with pytest.raises(WeightsError, match="is a file of 'simmim:swin-b', not of 'simmim:vit-b16'"):
-        load_model(f"simmim:vit-b16@{path}", Catalog())

@@ -1,0 +1,613 @@
+"""The watcher over attention as people write it by hand: every spelling, layout, wrapper and trap."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from probekit.errors import DoesNotApply, WatchError
+from probekit.watch import Visitor, Watcher
+
+WIDTH, HEADS, SIDE, PATCH = 24, 3, 4, 8
+TOKENS = SIDE * SIDE
+IMAGES = torch.randn(3, 3, SIDE * PATCH, SIDE * PATCH, generator=torch.Generator().manual_seed(2))
+SCALE = (WIDTH // HEADS) ** -0.5
+
+
+# ---------------------------------------------------------------------- spellings of attention
+# each takes q, k, v (B, H, N, d), q scaled already, and returns (B, H, N, d)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
+def method(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.transpose(-2, -1)).softmax(-1) @ v
+
+
+def function(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.matmul(F.softmax(torch.matmul(q, k.mT), dim=-1), v)
+
+
+def module(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return nn.Softmax(dim=-1)(q @ k.mT) @ v
+
+
+def heads_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    a = torch.einsum("bnhd,bmhd->bhnm", q, k).softmax(-1)
+    return torch.einsum("bhnm,bmhd->bnhd", a, v).transpose(1, 2)
+
+
+def heads_very_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = torch.einsum("bhnd, bhmd -> bnmh", q, k).softmax(2)
+    return torch.einsum("bnmh,bhmd->bhnd", a, v)
+
+
+def ellipsis(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = torch.einsum("...id,...jd->...ij", q, k).softmax(-1)
+    return torch.einsum("...ij,...jd->...id", a, v)
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, h = q.shape[:2]
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    return torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).unflatten(0, (b, h))
+
+
+def merged_then_apart(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, h = q.shape[:2]
+    scores = torch.bmm(q.flatten(0, 1), k.flatten(0, 1).transpose(1, 2))
+    return scores.view(b, h, *scores.shape[1:]).softmax(-1) @ v
+
+
+def heads_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (t.transpose(0, 1).flatten(0, 1) for t in (q, k, v))  # (H * B, N, d)
+    return torch.bmm(torch.bmm(q, k.mT).softmax(-1), v).unflatten(0, (HEADS, -1)).transpose(0, 1)
+
+
+def added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    b, h, n, _ = q.shape
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    scores = torch.baddbmm(torch.zeros(b * h, n, n), q, k.mT)
+    return torch.bmm(scores.softmax(-1), v).unflatten(0, (b, h))
+
+
+def each_head(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    parts = [(q[:, i] @ k[:, i].mT).softmax(-1) @ v[:, i] for i in range(HEADS)]
+    return torch.stack(parts, 1)
+
+
+def by_hand(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    z = q @ k.mT
+    e = (z - z.amax(-1, keepdim=True)).exp()
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+def logarithm(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).log_softmax(-1).exp() @ v
+
+
+def logsumexp(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    z = q @ k.mT
+    return (z - z.logsumexp(-1, keepdim=True)).exp() @ v
+
+
+def keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = (k @ q.mT).softmax(-2)  # (keys, queries)
+    return a.mT @ v
+
+
+def values_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = (q @ k.mT).softmax(-1)
+    return (v.mT @ a.mT).mT
+
+
+def into(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    z = q @ k.mT
+    torch.softmax(z, -1, out=z)
+    return z @ v
+
+
+def masked_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    z = q @ k.mT
+    z += 0.0
+    z[:, :, :, :1] -= 1.0
+    return z.softmax(-1).clone() @ v
+
+
+def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.dropout((q @ k.mT).softmax(-1), 0.5, training=False) @ v
+
+
+SPELLINGS = (
+    fused, method, function, module, heads_last, heads_very_last, ellipsis, merged, merged_then_apart, heads_first,
+    added, each_head, by_hand, logarithm, logsumexp, keys_first, values_first, into, masked_in_place, dropped,
+)  # fmt: skip
+
+
+class Attend(nn.Module):
+    """Multi-head self-attention with a spelling of its core; remembers q and k."""
+
+    def __init__(self, core: Callable[..., Tensor]):
+        super().__init__()
+        self.core = core
+        self.qkv, self.proj = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        with torch.no_grad():
+            self.qkv.weight[: 2 * WIDTH] *= 3
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+        out = self.core(q * SCALE, k, v)
+        self.seen = {"q": q * SCALE, "k": k, "v": v, "heads": out}
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """A transformer block; `order` says how the residual additions are written."""
+
+    def __init__(self, attend: nn.Module, order: str = "pre"):
+        super().__init__()
+        self.attend, self.order = attend, order
+        self.norm1, self.norm2 = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
+        self.mlp = nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+        self.gamma = nn.Parameter(torch.rand(WIDTH))
+        self.seen: dict[str, Tensor] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        start = x.clone()
+        middle = getattr(self, self.order)
+        x, mid, out = middle(x)
+        self.seen = {"in": start, "mid": mid, "out": out}
+        return x
+
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mid = x + self.attend(self.norm1(x))
+        out = mid + self.mlp(self.norm2(mid))
+        return out, mid, out
+
+    def post(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mid = x + self.attend(x)
+        out = self.norm1(mid)
+        out = out + self.mlp(out)
+        return self.norm2(out), mid, out
+
+    def scaled(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mid = torch.addcmul(x, self.gamma, self.attend(self.norm1(x)))
+        out = torch.add(mid, self.gamma * self.mlp(self.norm2(mid)))
+        return out, mid, out
+
+    def in_place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x += self.attend(self.norm1(x))
+        mid = x.clone()
+        x += self.mlp(self.norm2(x))
+        return x, mid, x.clone()
+
+    def swapped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mid = self.attend(self.norm1(x)).add_(x)
+        out = self.mlp(self.norm2(mid)).add_(mid)
+        return out, mid, out
+
+    def beside(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.norm1(x)
+        mid = x + self.attend(n)
+        out = mid + self.mlp(n)
+        return out, mid, out
+
+
+ORDERS = ("pre", "post", "scaled", "in_place", "swapped", "beside")
+
+
+class ViT(nn.Module):
+    """A small ViT. `tokens` says where tokens that are no patches stand."""
+
+    def __init__(
+        self, core: Callable[..., Tensor] = fused, order: str = "pre", depth: int = 2, tokens: str = "first"
+    ):
+        super().__init__()
+        torch.manual_seed(3)
+        self.patch, self.placing = nn.Conv2d(3, WIDTH, PATCH, PATCH), tokens
+        self.cls = nn.Parameter(torch.randn(1, 1, WIDTH))
+        self.registers = nn.Parameter(torch.randn(1, 2, WIDTH))
+        self.positions = nn.Parameter(torch.randn(1, TOKENS, WIDTH) * 0.1)
+        self.blocks = nn.ModuleList(Block(Attend(core), order) for _ in range(depth))
+        self.head = nn.Linear(WIDTH, 5)
+        self.eval()
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.patch(images).flatten(2).transpose(1, 2)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.embed(images) + self.positions
+        cls, registers = (t.expand(len(x), -1, -1) for t in (self.cls, self.registers))
+        x = torch.cat({
+            "none": [x], "first": [cls, x], "last": [x, cls], "registers": [registers, cls, x], "around": [cls, x, registers],
+        }[self.placing], 1)  # fmt: skip
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean(1))
+
+
+PLACES = {
+    "none": [],
+    "first": [0],
+    "last": [TOKENS],
+    "registers": [0, 1, 2],
+    "around": [0, TOKENS + 1, TOKENS + 2],
+}
+
+
+def own_map(attend: Attend) -> Tensor:
+    return (attend.seen["q"].double() @ attend.seen["k"].double().mT).softmax(-1).float()
+
+
+def collect(watcher: Watcher, *fields: str, images: Tensor = IMAGES) -> tuple[list[dict[str, Tensor]], Any]:
+    found: list[dict[str, Tensor]] = []
+
+    def visit(layer) -> None:
+        found.append({f: getattr(layer, f).clone() for f in fields})
+
+    out = watcher.run(images, [Visitor(frozenset(fields), visit)])
+    return found, out
+
+
+def assert_watched(model: ViT, watcher: Watcher | None = None) -> Watcher:
+    """Output, attention, heads, q, k, v and tokens are what the model itself had."""
+    with torch.no_grad():
+        expected = model(IMAGES)
+        seen = [(b.attend.seen | {"map": own_map(b.attend)}, dict(b.seen)) for b in model.blocks]
+    watcher = watcher or Watcher(model, IMAGES)
+    prefix = PLACES[model.placing]
+    patches = [i for i in range(TOKENS + len(prefix)) if i not in prefix]
+    for info in watcher.anatomy.layers:
+        assert (info.heads, info.prefix, info.grid, info.stride) == (
+            HEADS,
+            len(prefix),
+            (SIDE, SIDE),
+            (PATCH, PATCH),
+        )
+        assert info.role == "tokens"
+    fields = ("attention", "attention_full", "head_outputs", "v", "tokens_in", "tokens_mid", "tokens_out")
+    found, out = collect(watcher, *fields)
+    assert torch.equal(out, expected)
+    assert len(found) == len(model.blocks)
+    for layer, (attend, block) in zip(found, seen, strict=True):
+        full = attend["map"][:, :, prefix + patches][..., prefix + patches]
+        torch.testing.assert_close(layer["attention_full"], full, rtol=0, atol=2e-6)
+        cut = attend["map"][:, :, patches][..., patches]
+        torch.testing.assert_close(layer["attention"], cut / cut.sum(-1, keepdim=True), rtol=0, atol=2e-6)
+        torch.testing.assert_close(layer["head_outputs"], attend["heads"][:, :, patches], rtol=0, atol=1e-6)
+        assert torch.equal(layer["v"], attend["v"][:, :, patches])
+        for name in ("in", "mid", "out"):
+            assert torch.equal(layer[f"tokens_{name}"], block[name][:, patches]), name
+    return watcher
+
+
+@pytest.mark.parametrize("core", SPELLINGS, ids=lambda f: f.__name__)
+def test_spellings(core: Callable[..., Tensor]) -> None:
+    model = ViT(core)
+    if core is masked_in_place:
+        keys = torch.zeros(TOKENS + 1)
+        keys[0] = 1.0
+        model = ViT(core, tokens="first")
+        for block in model.blocks:  # the reference has to subtract the same
+            block.attend.register_forward_hook(lambda m, a, out: m.seen.update(k=m.seen["k"], bias=-keys))
+        watcher = Watcher(model, IMAGES)
+        found, _ = collect(watcher, "attention_full")
+        for layer, block in zip(found, model.blocks, strict=True):
+            s = block.attend.seen
+            own = (s["q"] @ s["k"].mT + s["bias"]).softmax(-1)
+            torch.testing.assert_close(layer["attention_full"], own, rtol=0, atol=2e-6)
+        return
+    watcher = assert_watched(model)
+    with torch.no_grad():
+        model(IMAGES)
+    for layer, block in zip(collect(watcher, "q", "k")[0], model.blocks, strict=True):
+        for name in "qk":
+            torch.testing.assert_close(layer[name], block.attend.seen[name][:, :, 1:], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("core", [fused, method, each_head], ids=lambda f: f.__name__)
+def test_residual_additions(order: str, core: Callable[..., Tensor]) -> None:
+    watcher = assert_watched(ViT(core, order))
+    assert [r.site for r in watcher.site_rows()] == ["embed", *["mid", "out"] * 2]
+    assert [r.depth for r in watcher.site_rows()] == [0, 0.5, 1, 1.5, 2]
+
+
+def test_values_kept_by_a_visitor_survive_in_place_additions() -> None:
+    model = ViT(order="in_place")
+    kept: list[Tensor] = []
+    Watcher(model, IMAGES).run(
+        IMAGES, [Visitor(frozenset({"tokens"}), lambda layer: kept.append(layer.tokens))]
+    )
+    first, second = (b.seen for b in model.blocks)
+    expected = [first["in"], first["mid"], first["out"], second["mid"], second["out"]]
+    for found, own in zip(kept, expected, strict=True):
+        assert torch.equal(found, own[:, 1:])
+
+
+@pytest.mark.parametrize("tokens", PLACES)
+def test_where_the_other_tokens_stand(tokens: str) -> None:
+    watcher = assert_watched(ViT(tokens=tokens))
+    found: list[Tensor] = []
+    model = watcher.module
+    watcher.run(IMAGES, [Visitor(frozenset({"tokens"}), lambda layer: found.append(layer.prefix_tokens()))])
+    assert torch.equal(found[0], model.blocks[0].seen["in"][:, PLACES[tokens]])
+
+
+def test_prefix_mass() -> None:
+    model = ViT(tokens="registers")
+    found, _ = collect(Watcher(model, IMAGES), "prefix_mass")
+    for layer, block in zip(found, model.blocks, strict=True):
+        expected = own_map(block.attend)[:, :, 3:, :3].sum(-1).mean(-1)
+        torch.testing.assert_close(layer["prefix_mass"], expected, rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- ways to patches
+
+
+class Reshaped(ViT):
+    def embed(self, images: Tensor) -> Tensor:
+        x = images.reshape(len(images), 3, SIDE, PATCH, SIDE, PATCH).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(x.reshape(len(images), TOKENS, -1), self.patch.weight.flatten(1), self.patch.bias)
+
+
+class Unfolded(ViT):
+    def embed(self, images: Tensor) -> Tensor:
+        x = images.unfold(2, PATCH, PATCH).unfold(3, PATCH, PATCH).permute(0, 2, 3, 1, 4, 5).flatten(3)
+        return torch.einsum("bhwi,oi->bhwo", x, self.patch.weight.flatten(1)).flatten(1, 2)
+
+
+class Channels(ViT):
+    """Tokens as columns, turned around late, and in another order than the image's."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        order = torch.arange(TOKENS).flip(0)
+        return super().embed(images)[:, order]
+
+
+@pytest.mark.parametrize("kind", [Reshaped, Unfolded])
+def test_patchify_without_convolution(kind: type[ViT]) -> None:
+    assert_watched(kind())
+
+
+def test_tokens_in_another_order_come_back_in_raster_order() -> None:
+    model = Channels(tokens="first")
+    watcher = Watcher(model, IMAGES)
+    found, _ = collect(watcher, "tokens_out", "attention", "attention_full", "q", "head_outputs")
+    back = torch.arange(TOKENS).flip(0)
+    for layer, block in zip(found, model.blocks, strict=True):
+        assert torch.equal(layer["tokens_out"], block.seen["out"][:, 1:][:, back])
+        assert torch.equal(layer["q"], block.attend.seen["q"][:, :, 1:][:, :, back] / SCALE * SCALE)
+        own = own_map(block.attend)
+        cut = own[:, :, 1:, 1:][:, :, back][..., back]
+        torch.testing.assert_close(layer["attention"], cut / cut.sum(-1, keepdim=True), rtol=0, atol=2e-6)
+        order = torch.cat([torch.zeros(1, dtype=torch.long), back + 1])
+        torch.testing.assert_close(layer["attention_full"], own[:, :, order][..., order], rtol=0, atol=2e-6)
+
+
+class Rotary(ViT):
+    """Rotates patch queries and keys alone, as EVA and DINOv3 do: cut, turn, join."""
+
+    def __init__(self) -> None:
+        super().__init__(self.rotated)
+
+    @staticmethod
+    def rotated(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def turn(t: Tensor) -> Tensor:
+            cls, x = t[:, :, :1], t[:, :, 1:]
+            angle = torch.arange(TOKENS)[:, None] * torch.arange(1, 5) / 10
+            a, b = x[..., 0::2], x[..., 1::2]
+            x = torch.stack(
+                [a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1
+            ).flatten(-2)
+            return torch.cat([cls, x], 2)
+
+        return fused(turn(q), turn(k), v)
+
+
+def test_rotary_queries() -> None:
+    model = Rotary()
+    watcher = Watcher(model, IMAGES)
+    info = watcher.anatomy.layers[0]
+    assert (info.prefix, info.grid, info.sites) == (1, (SIDE, SIDE), ("in", "mid", "out"))
+    found, _ = collect(watcher, "attention", "head_outputs", "v")
+    torch.testing.assert_close(found[0]["head_outputs"].shape, torch.Size((3, HEADS, TOKENS, WIDTH // HEADS)))
+
+
+# ---------------------------------------------------------------------- masks, fewer key heads, precision
+
+
+def biased(**options: Any) -> Callable[..., Tensor]:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0, **options)
+
+    return core
+
+
+def mask_of(kind: str) -> Tensor:
+    n = TOKENS + 1
+    generator = torch.Generator().manual_seed(5)
+    if kind == "bool":
+        return torch.rand(n, n, generator=generator) > 0.3 + torch.eye(n) * 0
+    return torch.randn(
+        {"float": (n, n), "per head": (1, HEADS, n, n), "per image": (3, 1, n, n)}[kind], generator=generator
+    )
+
+
+@pytest.mark.parametrize("kind", ["bool", "float", "per head", "causal"])
+def test_masks(kind: str) -> None:
+    n = TOKENS + 1
+    if kind == "causal":
+        options, bias = {"is_causal": True}, torch.ones(n, n).tril().log()
+    else:
+        mask = mask_of(kind) if kind != "bool" else mask_of(kind) | torch.eye(n, dtype=torch.bool)
+        options, bias = {"attn_mask": mask}, mask.float().log() if mask.dtype == torch.bool else mask
+    model = ViT(biased(**options))
+    found, out = collect(Watcher(model, IMAGES), "attention", "attention_full")
+    for layer, block in zip(found, model.blocks, strict=True):
+        own = (block.attend.seen["q"] @ block.attend.seen["k"].mT + bias).softmax(-1)
+        torch.testing.assert_close(layer["attention_full"], own, rtol=0, atol=2e-6)
+        cut = own[:, :, 1:, 1:]
+        total = cut.sum(-1, keepdim=True)
+        torch.testing.assert_close(
+            layer["attention"], cut / total.masked_fill(total == 0, 1), rtol=0, atol=2e-5
+        )
+    with torch.no_grad():
+        assert torch.equal(out, model(IMAGES))
+
+
+@pytest.mark.parametrize("how", ["enable_gqa", "one head", "one head by hand"])
+def test_fewer_heads_of_keys(how: str) -> None:
+    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = k[:, :1], v[:, :1]
+        if how == "one head by hand":
+            return (q @ k.mT).softmax(-1) @ v
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0, enable_gqa=how == "enable_gqa")
+
+    model = ViT(core)
+    watcher = Watcher(model, IMAGES)
+    assert [i.heads for i in watcher.anatomy.layers] == [HEADS] * 2
+    found, _ = collect(watcher, "attention_full", "q", "k", "v", "head_outputs")
+    for layer, block in zip(found, model.blocks, strict=True):
+        s = block.attend.seen
+        own = (s["q"] @ s["k"][:, :1].mT).softmax(-1)
+        torch.testing.assert_close(layer["attention_full"], own, rtol=0, atol=2e-6)
+        assert torch.equal(layer["k"], s["k"][:, :1, 1:].expand(-1, HEADS, -1, -1))
+        assert torch.equal(layer["v"], s["v"][:, :1, 1:].expand(-1, HEADS, -1, -1))
+
+
+def test_autocast_probabilities_are_float32_of_the_models_q_and_k() -> None:
+    model = ViT()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        watcher = Watcher(model, IMAGES)
+        found, out = collect(watcher, "attention_full", "tokens_out")
+        with torch.no_grad():
+            assert torch.equal(out, model(IMAGES))
+    for layer, block in zip(found, model.blocks, strict=True):
+        q, k = (block.attend.seen[n] for n in "qk")
+        assert k.dtype == torch.bfloat16
+        assert layer["attention_full"].dtype == layer["tokens_out"].dtype == torch.float32
+        torch.testing.assert_close(
+            layer["attention_full"], (q.double() @ k.double().mT).softmax(-1).float(), rtol=0, atol=1e-6
+        )
+
+
+def test_double_precision() -> None:
+    model = ViT().double()
+    found, out = collect(Watcher(model, IMAGES.double()), "attention", images=IMAGES.double())
+    assert out.dtype == torch.float64
+    assert found[0]["attention"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_batches_of_any_size(batch: int) -> None:
+    model = ViT(method)
+    images = torch.cat([IMAGES, IMAGES])[:batch]
+    watcher = Watcher(model, images[:1])
+    found, out = collect(watcher, "attention", images=images)
+    assert len(found[0]["attention"]) == batch
+    with torch.no_grad():
+        assert torch.equal(out, model(images))
+    alone, _ = collect(watcher, "attention", images=images[:1])
+    torch.testing.assert_close(alone[0]["attention"][0], found[0]["attention"][0], rtol=0, atol=1e-6)
+
+
+def test_images_of_another_size_are_refused() -> None:
+    watcher = Watcher(ViT(), IMAGES)
+    with pytest.raises(WatchError, match="images are 64 x 64, the model is watched at 32 x 32"):
+        watcher.run(torch.randn(1, 3, 64, 64), [])
+
+
+# ---------------------------------------------------------------------- what a layer lacks
+
+
+def test_a_layer_without_residual_has_attention_but_no_tokens() -> None:
+    class Bare(ViT):
+        def forward(self, images: Tensor) -> Tensor:
+            return self.head(self.blocks[0].attend(self.embed(images)).mean(1))
+
+    watcher = Watcher(Bare(depth=1), IMAGES)
+    assert watcher.anatomy.layers[0].sites == ()
+    assert "no residual addition was found around 1 layers" in watcher.anatomy.warnings[0]
+    assert watcher.site_rows() == []
+    seen = []
+
+    def visit(layer) -> None:
+        assert layer.attention.shape == (3, HEADS, TOKENS, TOKENS)
+        with pytest.raises(DoesNotApply, match="no tokens of that kind were found around 'blocks.0.attend'"):
+            _ = layer.tokens_mid
+        seen.append(layer)
+
+    watcher.run(IMAGES, [Visitor(frozenset({"attention", "tokens_mid"}), visit)])
+    watcher.run(IMAGES, [Visitor(frozenset({"tokens_mid"}), lambda layer: seen.append(layer))])
+    assert len(seen) == 2
+
+
+def test_tokens_that_depend_on_the_image_are_not_placed() -> None:
+    class Pruned(ViT):
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.blocks[0](self.embed(images))
+            keep = x.norm(dim=-1).argsort(1, descending=True)[:, :9]
+            x = self.blocks[1](x.gather(1, keep.unsqueeze(-1).expand(-1, -1, WIDTH)))
+            return self.head(x.mean(1))
+
+    watcher = Watcher(Pruned(), IMAGES)
+    assert [i.role for i in watcher.anatomy.layers] == ["tokens", "untraced"]
+    assert any("could not be traced in 1 layers" in w for w in watcher.anatomy.warnings)
+    reasons = []
+
+    def visit(layer) -> None:
+        try:
+            _ = layer.attention
+        except DoesNotApply as reason:
+            reasons.append(reason.message)
+
+    watcher.run(IMAGES, [Visitor(frozenset({"attention"}), visit)])
+    assert reasons == ["the token positions of 'blocks.1.attend' could not be traced"]
+
+
+def test_attention_pooling_with_learned_queries_is_no_layer() -> None:
+    class Pooled(ViT):
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.blocks[0](self.embed(images))
+            scores = self.registers @ x.mT / math.sqrt(WIDTH)
+            pooled = scores.softmax(-1) @ x
+            y = self.blocks[1](torch.cat([pooled, x], 1))
+            return self.head(y.mean(1))
+
+    watcher = Watcher(Pooled(method), IMAGES)
+    assert [(i.name, i.prefix) for i in watcher.anatomy.layers] == [
+        ("blocks.0.attend", 0),
+        ("blocks.1.attend", 2),
+    ]
+    assert len(watcher.anatomy.others) == 1
+
+
+def test_no_attention() -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    )
+    with pytest.raises(WatchError, match="no attention between tokens was found in 'Sequential'"):
+        Watcher(model, IMAGES)
+
+
+def test_mode_and_hooks_are_left_alone() -> None:
+    import probekit
+
+    model = ViT(method).train()
+    model.head.eval()
+    probekit.probe(model, IMAGES, metrics=["nmi"])
+    assert model.training
+    assert model.blocks[0].training
+    assert not model.head.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
