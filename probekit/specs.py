@@ -133,8 +133,8 @@ class ModelSpec(Spec):
     default: bool = False  # what the bare family name means
     any_variant: bool = False  # timm:NAME, hf:REPO: the variant is free text
     loads_weights: bool = False
-    heads: int | None = None  # checked against the anatomy when given
-    layers: int | None = None
+    heads: int | tuple[int, ...] | None = None  # of every layer, or of each stage; checked when given
+    layers: int | None = None  # the encoder's, or the whole model's; checked when given
     published_as: str | None = None  # for a bundled miniature: the variant it stands for
 
     @property

@@ -176,20 +176,22 @@ class Live:
 
 
 def check_spec(spec: ModelSpec | None, anatomy: Anatomy) -> None:
-    """Raise `WatchError` when a model hasn't the heads and layers its pack declares (`ModelSpec`).
-
-    heads are the first layer's; layers the encoder's, or the whole model's.
-    """
+    """Raise `WatchError` when a model hasn't the heads and layers its pack declares (`ModelSpec`)."""
     if spec is None:
         return
     encoder = [layer for layer in anatomy.layers if layer.part == "encoder"] or list(anatomy.layers)
-    if spec.heads not in (None, encoder[0].heads):
-        wrong = f"{encoder[0].heads} heads, but its pack declares {spec.heads}"
+    stages = tuple(dict((layer.stage, layer.heads) for layer in encoder).values())
+    declared = (spec.heads,) if isinstance(spec.heads, int) else spec.heads
+    if declared is not None and declared != stages:
+        found, wanted = ("/".join(map(str, heads)) for heads in (stages, declared))
+        wrong = f"{found} heads, but its pack declares {wanted}"
     elif spec.layers not in (None, len(encoder), len(anatomy.layers)):
         wrong = f"{len(encoder)} layers, but its pack declares {spec.layers}"
     else:
         return
-    raise WatchError(f"model '{spec.full_name}' has {wrong}", hint="`probekit doctor` shows the versions to report")
+    raise WatchError(
+        f"model '{spec.full_name}' has {wrong}", hint="`probekit doctor` shows the versions to report"
+    )
 
 
 def open_dataset(entry: Entry, catalog: Catalog) -> Dataset:

@@ -7,6 +7,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from probekit import candidates
 from probekit.catalog import Catalog
 from probekit.errors import UsageError, WeightsError
 from probekit.model import load_model
@@ -154,3 +155,17 @@ def test_a_repository_of_timms_kind_on_the_hub(monkeypatch):
         with pytest.raises(WeightsError, match=r"can't fetch 'nobody/vit-mine'.*can't be reached") as caught:
             load_model(text, Catalog.load(enabled=False))
         assert "'timm:local-dir:FOLDER'" in caught.value.hint and "\n" not in caught.value.message
+
+
+def test_a_file_of_other_names_is_left_to_timms_conversion_if_it_holds_one_set_of_weights():
+    names = ["stages.0.blocks.0.conv_dw.weight", "stages.0.blocks.0.norm.weight"]
+    foreign = {
+        "module.stages.0.0.dwconv.weight": torch.zeros(2),
+        "module.stages.0.0.norm.weight": torch.ones(2),
+    }
+    asked = {"source": "w.pth", "target": "timm:x"}
+    place = candidates.choose({"model": foreign, "loss": {"center": torch.zeros(2)}}, names, **asked)
+    assert (place.container, place.prefix, place.found) == (("model",), "module.", 0)
+    assert set(place.tensors) == {"stages.0.0.dwconv.weight", "stages.0.0.norm.weight"}
+    with pytest.raises(WeightsError, match="none of its keys is the model's"):
+        candidates.choose({"model": foreign, "ema": foreign}, names, **asked)

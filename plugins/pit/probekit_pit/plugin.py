@@ -23,6 +23,7 @@ _NAMES = {
     "s-distilled": "pit_s_distill_819",
     "b-distilled": "pit_b_distill_840",
 }
+_HEADS = {"ti": (2, 4, 8), "xs": (2, 4, 8), "s": (3, 6, 12), "b": (4, 8, 16)}
 _LAYOUT = Layout(
     name="PiT checkpoint",
     # The authors pool after a stage, timm before the next.
@@ -47,6 +48,7 @@ def _spec(variant: str, name: str) -> ModelSpec:
         ),
         # Trained and tested with DeiT's code: Resize(256, bicubic), CenterCrop(224).
         preprocessing=Preprocessing(interpolation="bicubic", crop_pct=0.875),
+        heads=_HEADS[size],
         layers=13 if size == "b" else 12,
         default=variant == "s",
     )

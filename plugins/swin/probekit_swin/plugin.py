@@ -40,6 +40,7 @@ _OFFICIAL_V2 = _OFFICIAL.model_copy(
         "convert": None,
     }
 )
+_HEADS = {"tiny": (3, 6, 12, 24), "small": (3, 6, 12, 24), "base": (4, 8, 16, 32), "large": (6, 12, 24, 48)}
 # Variant, published file, what it was trained on.
 _FILES = (
     ("tiny", "v1.0.0/swin_tiny_patch4_window7_224", "ImageNet-1k"),
@@ -92,6 +93,7 @@ def _spec(variant: str, file: str, data: str) -> ModelSpec:
             crop_mode="squash" if pixels == "384" else "center",
             size=(int(pixels), int(pixels)),
         ),
+        heads=_HEADS[size],
         layers=12 if size == "tiny" else 24,
         default=variant == "base",
     )

@@ -1,0 +1,235 @@
+"""What every metric has to do, checked: `probekit.testing.check_metric` and ``probekit plugins check``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from probekit import attention as core
+from probekit.errors import DoesNotApply, MetricError, ProbekitError
+from probekit.layer import Layer, Scores
+from probekit.metric import Metric
+from probekit.observe import CAPTURES
+from probekit.testing import TinyViT, make_layer
+
+
+def check(metric: Metric | type[Metric]) -> None:
+    """See `probekit.testing.check_metric`."""
+    found = _made(metric)
+    name = found.name
+    _check_attributes(found)
+    applied = 0
+    reason = ""
+    for label, layer in _layers(found):
+        try:
+            _check_measure(found, label, layer)
+            applied += 1
+        except DoesNotApply as error:
+            reason = error.message
+    if not applied:
+        raise MetricError(f"metric '{name}' applies to no layer of a plain ViT: {reason}")
+    _check_probe(found)
+
+
+def _made(metric: Metric | type[Metric]) -> Metric:
+    if not isinstance(metric, type):
+        if not isinstance(metric, Metric):
+            raise MetricError(f"'{type(metric).__name__}' is not a subclass of probekit.Metric")
+        return metric
+    if not issubclass(metric, Metric):
+        raise MetricError(f"'{metric.__name__}' is not a subclass of probekit.Metric")
+    return _guarded(f"'{metric.__name__}'", "be made without options", metric)
+
+
+def _guarded(who: str, what: str, call: Callable[..., Any], *args: Any) -> Any:
+    """`call(*args)`; what it raises by mistake becomes a `MetricError` that says so."""
+    try:
+        return call(*args)
+    except ProbekitError:
+        raise
+    except Exception as error:
+        raise MetricError(f"{who} can't {what}: it raised {type(error).__name__}: {error}") from error
+
+
+def _check_attributes(metric: Metric) -> None:
+    cls = type(metric)
+    name = getattr(metric, "name", None)
+    if not isinstance(name, str) or not name or not name.replace("_", "").replace("-", "").isalnum():
+        raise MetricError(f"'{cls.__name__}' has no 'name' of letters, digits, '_' and '-', but {name!r}")
+
+    def wrong(what: str) -> MetricError:
+        return MetricError(f"metric '{name}': {what}")
+
+    if not isinstance(metric.version, int) or isinstance(metric.version, bool) or metric.version < 1:
+        raise wrong(f"'version' is {metric.version!r}, not a whole number from 1")
+    needs = getattr(metric, "needs", None)
+    if not isinstance(needs, (set, frozenset)) or not needs:
+        raise wrong(f"'needs' is {needs!r}, not a set of fields such as {{'attention'}}")
+    unknown = sorted(str(n) for n in needs if n not in CAPTURES)
+    if unknown:
+        raise wrong(
+            f"'needs' names '{unknown[0]}', which a layer doesn't have ({', '.join(sorted(CAPTURES))})"
+        )
+    if "tokens" in needs and len(needs) > 1:
+        raise wrong("'needs' names 'tokens' beside others; a token site has tokens alone")
+    dims = getattr(metric, "dims", None)
+    if not isinstance(dims, Mapping) or not dims:
+        raise wrong(f"'dims' is {dims!r}, not a mapping such as {{'{name}': ('head',)}}")
+    for value, axes in dims.items():
+        if (
+            not isinstance(axes, tuple)
+            or not all(isinstance(a, str) for a in axes)
+            or len(set(axes)) < len(axes)
+        ):
+            raise wrong(f"'dims' gives '{value}' the axes {axes!r}, not a tuple of different names")
+        if {"layer", "image"} & set(axes):
+            raise wrong(f"'dims' names 'layer' or 'image' for '{value}'; those axes are there anyway")
+    if name not in dims and cls.summarize is Metric.summarize:
+        raise wrong(f"'dims' has no value '{name}', the one that is plotted")
+    extra = sorted(set(metric.units) - set(dims))
+    if extra:
+        raise wrong(f"'units' names '{extra[0]}', which 'dims' doesn't")
+    for attribute, allowed in (("windows", ("each", "own")), ("curve", ("mean", "last"))):
+        if getattr(metric, attribute) not in allowed:
+            raise wrong(f"'{attribute}' is {getattr(metric, attribute)!r}, not one of {', '.join(allowed)}")
+    if cls.measure is Metric.measure:
+        raise wrong("it has no 'measure'")
+
+
+def _layers(metric: Metric) -> list[tuple[str, Callable[[slice | Tensor], Layer]]]:
+    """Kinds of layers, each as a function that makes one of some of four images."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randn(4, 37, 24, generator=generator)
+    q, k, v = torch.randn(3, 4, 3, 37, 8, generator=generator).unbind()
+    maps = core.probabilities(q, k, scale=1.5)
+    wq, wk, wv = torch.randn(3, 4, 4, 3, 9, 8, generator=generator).unbind()  # images, windows, heads
+
+    def whole(which: Any) -> Layer:
+        return make_layer(q=q[which], k=k[which], v=v[which], tokens=tokens[which], grid=(6, 6), prefix=1)
+
+    def given(which: Any) -> Layer:
+        return make_layer(
+            maps[which], v=v[which], q=q[which], k=k[which], tokens=tokens[which], grid=(6, 6), prefix=1
+        )
+
+    def oblong(which: Any) -> Layer:
+        return make_layer(q=q[which], k=k[which], v=v[which], tokens=tokens[which], grid=(4, 9), prefix=1)
+
+    def windowed(which: Any) -> Layer:
+        parts = {n: t[which].flatten(0, 1) for n, t in (("q", wq), ("k", wk), ("v", wv))}
+        return make_layer(**parts, tokens=tokens[which, 1:], grid=(6, 6), window=3)
+
+    return [
+        ("a layer", whole),
+        ("a layer with maps", given),
+        ("a grid of 4 x 9", oblong),
+        ("windows", windowed),
+    ]
+
+
+def _check_measure(metric: Metric, label: str, make: Callable[[Any], Layer]) -> None:
+    everything = slice(None)
+    values = _measured(metric, label, make(everything))
+    order = torch.tensor([2, 0, 3, 1])
+    shuffled = _measured(metric, label, make(order))
+    halves = [_measured(metric, label, make(part)) for part in (slice(0, 1), slice(1, 4))]
+    for n, value in values.items():
+        for what, other, expected in (
+            ("with the images in another order", shuffled[n], value[order]),
+            ("in another batch", torch.cat([h[n] for h in halves]), value),
+        ):
+            if not torch.allclose(other, expected, rtol=1e-3, atol=1e-5):
+                raise MetricError(f"metric '{metric.name}': '{n}' of an image changes {what}, on {label}")
+
+
+def _measured(metric: Metric, label: str, layer: Layer) -> dict[str, Tensor]:
+    """Values per image, one view or the mean over windows; checked on the way."""
+    own = metric.windows == "own" or "tokens" in metric.needs
+    total: dict[str, Tensor] = {}
+    for view in [layer] if own else layer.windows():
+        before = {n: _snapshot(value) for n, value in view.captured.items()}
+        values = _guarded(f"metric '{metric.name}'", f"measure {label}", metric.measure, view)
+        changed = [n for n, value in view.captured.items() if not _equal(before[n], _snapshot(value))]
+        if changed:
+            raise MetricError(
+                f"metric '{metric.name}' changes '{changed[0]}' in place, which others measure too"
+            )
+        _check_values(metric, label, view, values)
+        described = _guarded(f"metric '{metric.name}'", f"describe {label}", metric.describe, view)
+        if not isinstance(described, Mapping):
+            raise MetricError(
+                f"metric '{metric.name}': 'describe' returned {type(described).__name__}, not a mapping"
+            )
+        for n, constant in described.items():
+            if not np.isfinite(np.asarray(constant, dtype=np.float64)).all():
+                raise MetricError(
+                    f"metric '{metric.name}': 'describe' gives '{n}' that is not finite, on {label}"
+                )
+        for n, value in values.items():
+            if view is not layer:
+                value = view.unfold(value.float()).mean(1) * view.window_share
+            total[n] = total[n] + value if n in total else value.clone()
+    return total
+
+
+def _snapshot(value: Any) -> list[Tensor]:
+    if isinstance(value, Scores):
+        return [t.clone() for t in (value.q, value.k, value.bias, value.probabilities) if t is not None]
+    return [value.clone()] if isinstance(value, Tensor) else []
+
+
+def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def _check_values(metric: Metric, label: str, layer: Layer, values: Any) -> None:
+    def wrong(what: str) -> MetricError:
+        return MetricError(f"metric '{metric.name}': {what}, on {label}")
+
+    if not isinstance(values, Mapping) or set(values) != set(metric.dims):
+        got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
+        raise wrong(f"'measure' returned {got}, but 'dims' declares {sorted(metric.dims)}")
+    for n, value in values.items():
+        axes = ("image", *metric.dims[n])
+        if not isinstance(value, Tensor):
+            raise wrong(f"'{n}' is a {type(value).__name__}, not a tensor")
+        if value.dim() != len(axes) or len(value) != layer.batch:
+            raise wrong(f"'{n}' is {tuple(value.shape)} for {layer.batch} images, not ({', '.join(axes)})")
+        if "head" in axes and value.shape[axes.index("head")] != layer.heads:
+            raise wrong(f"'{n}' is {tuple(value.shape)}, but the layer has {layer.heads} heads")
+        if not value.is_floating_point():
+            raise wrong(f"'{n}' is of {value.dtype}, not floating point")
+        if not bool(value.isfinite().all()):
+            raise wrong(f"'{n}' is not finite")
+
+
+def _check_probe(metric: Metric) -> None:
+    import xarray as xr
+
+    from probekit.api import probe
+
+    images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+    whole, apart = (
+        _guarded(f"metric '{metric.name}'", "be run by probekit.probe", _probed, probe, metric, images, size)
+        for size in (4, 1)
+    )
+    if not isinstance(whole, xr.Dataset):
+        raise MetricError(
+            f"metric '{metric.name}': 'summarize' returned {type(whole).__name__}, not an xarray.Dataset"
+        )
+    if type(metric).summarize is Metric.summarize:
+        for n, axes in metric.dims.items():
+            if whole[n].dims != ("layer", *axes):
+                raise MetricError(
+                    f"metric '{metric.name}': '{n}' has the axes {whole[n].dims}, not (layer, ...)"
+                )
+            if not np.allclose(whole[n], apart[n], rtol=1e-3, atol=1e-5, equal_nan=True):
+                raise MetricError(f"metric '{metric.name}': '{n}' depends on the size of the batch")
+
+
+def _probed(probe: Callable[..., Mapping[str, Any]], metric: Metric, images: Tensor, batch_size: int) -> Any:
+    return probe(TinyViT(), images, metrics=[metric], batch_size=batch_size)[metric.name]
