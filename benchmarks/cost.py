@@ -60,7 +60,7 @@ def official_nmi(maps: torch.Tensor) -> torch.Tensor:
     patches = maps[:, :, 1:, 1:] + 1e-8
     patches = patches / patches.sum(-1, keepdim=True)
     n = patches.shape[-1]
-    pq = torch.softmax(torch.ones(patches.shape[:2] + (n,)), -1)
+    pq = torch.softmax(torch.ones((*patches.shape[:2], n)), -1)
     joint = patches * pq.unsqueeze(-1)
     pk = joint.sum(-2)
     information = (joint * torch.log(patches / pk.unsqueeze(-2))).sum((-1, -2))
@@ -105,7 +105,10 @@ def timed(functions: dict[str, object], repeats: int) -> dict[str, list[float]]:
 def show(name: str, numbers: list[float], base: list[float], batch: int) -> None:
     ratio = [a / b for a, b in zip(numbers, base, strict=True)]
     middle = statistics.median(numbers) / batch * 1000
-    print(f"  {name:<34} {middle:8.1f} ms/image   x {statistics.median(ratio):5.3f}  ({min(ratio):.3f} to {max(ratio):.3f})")
+    print(
+        f"  {name:<34} {middle:8.1f} ms/image   x {statistics.median(ratio):5.3f}"
+        f"  ({min(ratio):.3f} to {max(ratio):.3f})"
+    )
 
 
 def main() -> None:

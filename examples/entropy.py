@@ -1,6 +1,6 @@
 """A third-party metric: how spread a head's attention is, as a share of the most it could be.
 
-    probekit run --plugin examples/entropy.py --model moco:vit-b16@random --metrics entropy --dataset folder:photos
+probekit run --plugin examples/entropy.py --model moco:vit-b16@random --metrics entropy -d folder:photos
 """
 
 import math

@@ -40,14 +40,16 @@ def run(
     from probekit.execution import execute
 
     as_list = [v if not isinstance(v, str) else [v] for v in (models, datasets, metrics)]
-    grid = make_grid({"models": as_list[0], "datasets": as_list[1], "metrics": as_list[2], **settings}, "run()")
+    grid = make_grid(
+        {"models": as_list[0], "datasets": as_list[1], "metrics": as_list[2], **settings}, "run()"
+    )
     catalog = Catalog.load(plugins)
     resolved = resolve(grid, catalog)
     folder = Path(out) if out is not None else choose_folder(resolved)[0]
     return execute(resolved, catalog, folder, on_event or (lambda event: None))
 
 
-def open(path: str | Path) -> Run:  # noqa: A001  the verb users expect, as in xarray and PIL
+def open(path: str | Path) -> Run:
     """The run in a folder."""
     return Run(path)
 
@@ -116,7 +118,9 @@ def probe(
     return results
 
 
-def _metrics(asked: Sequence[str | Metric | type[Metric]], catalog: Catalog) -> dict[str, tuple[Metric, bool]]:
+def _metrics(
+    asked: Sequence[str | Metric | type[Metric]], catalog: Catalog
+) -> dict[str, tuple[Metric, bool]]:
     """Metric objects by the name their result gets, each with whether it was asked for by name."""
     from probekit.execution import make_metric
 

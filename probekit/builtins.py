@@ -46,7 +46,7 @@ def probekit_metrics() -> list[MetricSpec]:
                 "dc": Option(
                     default="include",
                     choices=("include", "exclude"),
-                    help="relative to frequency 0 (include, the paper) or to the lowest one above it (exclude)",
+                    help="relative to frequency 0 (include, the paper) or to the lowest above it (exclude)",
                 ),
             },
             citation=_PARK,

@@ -1,11 +1,11 @@
 """The folder of a run: where everything is, and what a cell is made of. Reads without torch.
 
-    run.json                                  the grid, versions, host
-    cells/<model>/<dataset>/cell.json         identity: weights, images, preprocessing, dtype, anatomy
-    cells/<model>/<dataset>/traces/<metric>-v1[-<options>]/all/rows.json, shard-00017.h5
-    cells/<model>/<dataset>/results/<metric>[-<options>].nc
-    cells/<model>/<dataset>/outcomes/<metric>[-<options>].json
-    report.html
+run.json                                  the grid, versions, host
+cells/<model>/<dataset>/cell.json         identity: weights, images, preprocessing, dtype, anatomy
+cells/<model>/<dataset>/traces/<metric>-v1[-<options>]/all/rows.json, shard-00017.h5
+cells/<model>/<dataset>/results/<metric>[-<options>].nc
+cells/<model>/<dataset>/outcomes/<metric>[-<options>].json
+report.html
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ class CellFolder:
         return Outcome(**{k: v for k, v in found.items() if k in Outcome.__dataclass_fields__})
 
     def end(self, metric: str, outcome: Outcome) -> None:
-        seal_json(self._outcome(metric), {"format_version": FORMAT_VERSION, "metric": metric, **asdict(outcome)})
+        seal_json(
+            self._outcome(metric), {"format_version": FORMAT_VERSION, "metric": metric, **asdict(outcome)}
+        )
 
 
 def identity_hash(identity: Mapping[str, Any]) -> str:
@@ -144,10 +146,12 @@ class TraceFolder:
         return read_json(path, "trace", FORMAT_VERSION) if path.exists() else None
 
     def forget_rows(self) -> None:
-        """Before everything is measured again: another version of a metric may describe its rows otherwise."""
+        """Before everything is measured again: another version may describe its rows otherwise."""
         (self.path / "rows.json").unlink(missing_ok=True)
 
-    def write_rows(self, rows: Sequence[Row], constants: Mapping[str, np.ndarray], reasons: Mapping[str, str]) -> None:
+    def write_rows(
+        self, rows: Sequence[Row], constants: Mapping[str, np.ndarray], reasons: Mapping[str, str]
+    ) -> None:
         content = {
             "format_version": FORMAT_VERSION,
             "rows": [asdict(row) for row in rows],

@@ -56,7 +56,8 @@ class Collector:
     def constants(self) -> dict[str, np.ndarray]:
         names = dict.fromkeys(name for found in self._described.values() for name in found)
         return {
-            name: _stack([self._described.get(row.label, {}).get(name) for row in self.rows]) for name in names
+            name: _stack([self._described.get(row.label, {}).get(name) for row in self.rows])
+            for name in names
         }
 
     @property
@@ -68,7 +69,9 @@ class Collector:
         if self.failure is not None or label in self.reasons:
             return
         try:
-            views = [layer] if self.metric.windows == "own" or "tokens" in self.metric.needs else layer.windows()
+            views = (
+                [layer] if self.metric.windows == "own" or "tokens" in self.metric.needs else layer.windows()
+            )
             if label not in self._described:
                 self._described[label] = _described(self.metric, views)
             self._values[label] = self._measured(views, layer)
@@ -107,14 +110,18 @@ class Collector:
                     f"'{name}' has shape {tuple(value.shape)} for {layer.batch} images; 'dims' says ({axes})"
                 )
             if "head" in dims[name] and value.shape[1 + dims[name].index("head")] != layer.heads:
-                raise MetricError(f"'{name}' has shape {tuple(value.shape)}, but the layer has {layer.heads} heads")
+                raise MetricError(
+                    f"'{name}' has shape {tuple(value.shape)}, but the layer has {layer.heads} heads"
+                )
 
     def take(self, batch: int) -> dict[str, np.ndarray]:
         """This batch's values, ``{name: (batch, rows, *dims)}`` float32, NaN where a row has none."""
         found = {}
         for name in self.metric.dims:
             arrays = [
-                self._values[row.label][name].detach().float().cpu().numpy() if row.label in self._values else None
+                self._values[row.label][name].detach().float().cpu().numpy()
+                if row.label in self._values
+                else None
                 for row in self.rows
             ]
             for row, array in zip(self.rows, arrays, strict=True):
@@ -132,14 +139,18 @@ def _described(metric: Metric, views: Sequence[Layer]) -> dict[str, Any]:
     if len(found) == 1:
         return found[0]
     shares = [view.window_share for view in views]
-    return {n: sum(np.asarray(d[n]) * share for d, share in zip(found, shares, strict=True)) for n in found[0]}
+    return {
+        n: sum(np.asarray(d[n]) * share for d, share in zip(found, shares, strict=True)) for n in found[0]
+    }
 
 
 def _stack(values: Sequence[Any], empty: tuple[int, ...] = ()) -> np.ndarray:
     """Rows of unequal length side by side, NaN where one has none."""
     arrays = [np.asarray(v, dtype=np.float32) if v is not None else None for v in values]
     shapes = [a.shape for a in arrays if a is not None] or [empty]
-    out = np.full((len(arrays), *(max(sizes) for sizes in zip(*shapes, strict=True))), np.nan, dtype=np.float32)
+    out = np.full(
+        (len(arrays), *(max(sizes) for sizes in zip(*shapes, strict=True))), np.nan, dtype=np.float32
+    )
     for number, array in enumerate(arrays):
         if array is not None:
             out[(number, *(slice(0, n) for n in array.shape))] = array
@@ -186,7 +197,9 @@ def within_memory(batch: Tensor) -> Iterator[None]:
         ) from error
 
 
-def measure_batch(source: Source, pixels: Tensor, collectors: Sequence[Collector]) -> list[dict[str, np.ndarray]]:
+def measure_batch(
+    source: Source, pixels: Tensor, collectors: Sequence[Collector]
+) -> list[dict[str, np.ndarray]]:
     """Forward one batch and return each collector's values; those of a failed metric are of no use."""
     source.run(pixels, [c.visitor for c in collectors if c.failure is None])
     return [c.take(len(pixels)) for c in collectors]

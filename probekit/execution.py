@@ -113,7 +113,9 @@ def make_metric(entry: Entry, catalog: Catalog) -> Metric:
     except ProbekitError:
         raise
     except Exception as error:
-        raise MetricError(f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}") from error
+        raise MetricError(
+            f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}"
+        ) from error
     if not complete:
         raise MetricError(f"metric '{entry.qualified}' lacks one of 'name', 'needs', 'dims' and 'measure'")
     return metric
@@ -157,7 +159,15 @@ class _Cell:
         subject, identity, before, jobs = self._prepare()
         remaining = sorted({k for job in jobs for k in job.missing})
         total = sum(len(jobs[0].traces.ranges[k]) for k in remaining)
-        self.listen(Event("cell", self.folder.model, self.folder.dataset, total=len(subject.indices), done=len(subject.indices) - total))
+        self.listen(
+            Event(
+                "cell",
+                self.folder.model,
+                self.folder.dataset,
+                total=len(subject.indices),
+                done=len(subject.indices) - total,
+            )
+        )
         if remaining or before is None or any(not self._summarised(job) for job in jobs):
             self._pass(subject, identity, before, jobs, remaining)
         self.listen(Event("cell-done", self.folder.model, self.folder.dataset))
@@ -181,7 +191,9 @@ class _Cell:
                 kept += images * sum(v.nbytes // len(pixels) for v in found.values())
         names = tuple(job.name for job in wanted)
         skipped = tuple(job.name for job in jobs if not job.missing)
-        return Forecast(self.folder.model, self.folder.dataset, len(subject.indices), total, names, skipped, kept, seconds)
+        return Forecast(
+            self.folder.model, self.folder.dataset, len(subject.indices), total, names, skipped, kept, seconds
+        )
 
     def _prepare(self) -> tuple[Subject, dict[str, Any], dict[str, Any] | None, list[Job]]:
         subject = self.load()
@@ -210,7 +222,15 @@ class _Cell:
             elif before.status != "does not apply" or before.reason.startswith(LACKING):
                 job.missing, problems = job.traces.missing()
                 for problem in problems:
-                    self.listen(Event("warning", self.folder.model, self.folder.dataset, job.name, f"{problem}: measured again"))
+                    self.listen(
+                        Event(
+                            "warning",
+                            self.folder.model,
+                            self.folder.dataset,
+                            job.name,
+                            f"{problem}: measured again",
+                        )
+                    )
             jobs.append(job)
         return jobs
 
@@ -221,7 +241,9 @@ class _Cell:
 
     def _summarised(self, job: Job) -> bool:
         outcome = self._outcome(job)
-        return outcome.status == "does not apply" or outcome.status == "done" and self.folder.result(job.name).exists()
+        return outcome.status == "does not apply" or (
+            outcome.status == "done" and self.folder.result(job.name).exists()
+        )
 
     # ------------------------------------------------------------------ the pass
 
@@ -262,7 +284,9 @@ class _Cell:
         batch_size: int,
         writer: Writer,
     ) -> None:
-        active = [j for j in jobs if shard in j.missing and j.collector.failure is None and j.collector.applies]
+        active = [
+            j for j in jobs if shard in j.missing and j.collector.failure is None and j.collector.applies
+        ]
         wanted, indices = jobs[0].traces.ranges[shard], subject.indices
         parts: dict[int, list[dict[str, np.ndarray]]] = {id(job): [] for job in active}
         kept: list[int] = []
@@ -276,19 +300,37 @@ class _Cell:
                     parts[id(job)].append(values)
                 kept += [place[i] for i in batch.indices]
             for b in batch.bad:
-                self.listen(Event("bad-image", self.folder.model, self.folder.dataset, text=f"'{b.id}' is left out: {b.reason}"))
+                self.listen(
+                    Event(
+                        "bad-image",
+                        self.folder.model,
+                        self.folder.dataset,
+                        text=f"'{b.id}' is left out: {b.reason}",
+                    )
+                )
             self.listen(Event("images", done=len(batch) + len(batch.bad)))
         for job in active:
             found = parts[id(job)]
             if job.collector.failure is not None or not job.collector.applies:
                 continue
             if not job.traces.path.joinpath("rows.json").exists() and found:
-                writer.submit(job.traces.write_rows, job.collector.rows, job.collector.constants, dict(job.collector.reasons))
-            arrays = {f"values/{n}": np.concatenate([p[n] for p in found]) for n in job.metric.dims} if found else {}
+                writer.submit(
+                    job.traces.write_rows,
+                    job.collector.rows,
+                    job.collector.constants,
+                    dict(job.collector.reasons),
+                )
+            arrays = (
+                {f"values/{n}": np.concatenate([p[n] for p in found]) for n in job.metric.dims}
+                if found
+                else {}
+            )
             arrays["index"] = np.asarray(kept, dtype=np.int64)
             writer.write_shard(job.traces.shard(shard), arrays, {**job.traces.expected(shard), "bad": bad})
 
-    def _measure(self, source: Source, pixels: torch.Tensor, active: list[Job]) -> list[dict[str, np.ndarray]]:
+    def _measure(
+        self, source: Source, pixels: torch.Tensor, active: list[Job]
+    ) -> list[dict[str, np.ndarray]]:
         with within_memory(pixels):
             return measure_batch(source, pixels, [job.collector for job in active])
 
@@ -302,7 +344,9 @@ class _Cell:
         if failure is not None:
             outcome = Outcome("failed", failure.message, "", failure.details)
         elif job.collector is not None and not job.collector.applies:
-            outcome = Outcome("does not apply", next(iter(job.collector.reasons.values()), "the model has no such layers"))
+            outcome = Outcome(
+                "does not apply", next(iter(job.collector.reasons.values()), "the model has no such layers")
+            )
         else:
             try:
                 outcome = self._summarise(job, about)
@@ -316,9 +360,18 @@ class _Cell:
         self._end(job, outcome)
 
     def _end(self, job: Job, outcome: Outcome) -> None:
-        outcome = Outcome(**{**outcome.__dict__, "pack": job.entry.pack, "version": job.entry.version, "trace": job.identity})
+        outcome = Outcome(
+            **{
+                **outcome.__dict__,
+                "pack": job.entry.pack,
+                "version": job.entry.version,
+                "trace": job.identity,
+            }
+        )
         self.folder.end(job.name, outcome)
-        self.listen(Event("metric", self.folder.model, self.folder.dataset, job.name, outcome.reason, outcome=outcome))
+        self.listen(
+            Event("metric", self.folder.model, self.folder.dataset, job.name, outcome.reason, outcome=outcome)
+        )
 
     def _summarise(self, job: Job, about: dict[str, Any]) -> Outcome:
         started = time.perf_counter()

@@ -117,7 +117,9 @@ def make_grid(values: Mapping[str, Any], owner: str = "the grid") -> Grid:
             option = {"models": "--model", "datasets": "--dataset"}.get(name, f"--{name}")
             raise UsageError(f"{owner} says nothing about '{name}'", hint=f"add {option}") from None
         message = first["msg"].removeprefix("Value error, ")
-        raise UsageError(f"{owner}: '{name}' can't be {first['input']!r}: {message[:1].lower()}{message[1:]}") from None
+        raise UsageError(
+            f"{owner}: '{name}' can't be {first['input']!r}: {message[:1].lower()}{message[1:]}"
+        ) from None
 
 
 @dataclass(frozen=True)

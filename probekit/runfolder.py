@@ -42,20 +42,25 @@ class Run:
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if not self.path.is_dir():
-            raise StoreError(f"run folder '{self.path}' does not exist", hint="`probekit run --out DIR` makes one")
+            raise StoreError(
+                f"run folder '{self.path}' does not exist", hint="`probekit run --out DIR` makes one"
+            )
         file = self.path / "run.json"
         if not file.exists():
             raise StoreError(f"'{self.path}' is no run folder: it has no run.json")
         self.info: Mapping[str, Any] = read_json(file, "run", FORMAT_VERSION)
         try:
             names = self.info["names"]
-            self.models, self.metrics, self.datasets = (list(names[k]) for k in ("models", "metrics", "datasets"))
+            self.models, self.metrics, self.datasets = (
+                list(names[k]) for k in ("models", "metrics", "datasets")
+            )
             self.seed = int(self.info["settings"]["seed"])
         except (KeyError, TypeError, ValueError) as error:
             raise StoreError(f"run file '{file}' is damaged: it has no {error}") from error
 
     def __repr__(self) -> str:
-        return f"Run('{self.path}', {len(self.models)} models, {len(self.metrics)} metrics, {len(self.datasets)} datasets)"
+        counts = f"{len(self.models)} models, {len(self.metrics)} metrics, {len(self.datasets)} datasets"
+        return f"Run('{self.path}', {counts})"
 
     def folder(self, model: str, dataset: str) -> CellFolder:
         return CellFolder(self.path, model, dataset)
@@ -81,7 +86,9 @@ class Run:
         outcome = folder.outcome(metric)
         if outcome.status != "done":
             why = f": {outcome.reason}" if outcome.reason else ""
-            raise StoreError(f"'{metric}' of '{model}' on '{dataset}' has no result, it is {outcome.status}{why}")
+            raise StoreError(
+                f"'{metric}' of '{model}' on '{dataset}' has no result, it is {outcome.status}{why}"
+            )
         return read_result(folder.result(metric))
 
     def results(self) -> Iterator[tuple[Cell, xr.Dataset]]:
@@ -123,7 +130,7 @@ class Run:
 
 
 def shard_size(total: int) -> int:
-    """Images per shard, from the number of images alone: what a kill can cost, against the number of files."""
+    """Images per shard, from the number of images alone: a kill's cost against the number of files."""
     return max(16, min(512, 16 * -(-total // 512)))
 
 
@@ -137,7 +144,9 @@ def _one(kind: str, name: str | None, known: list[str]) -> str:
     matches = [k for k in known if k.partition(":")[0] == name or k.partition("@")[0] == name]
     if len(matches) == 1:
         return matches[0]
-    raise UsageError(f"the run has no {kind} '{name}'", hint=did_you_mean(name, known) or f"it has {', '.join(known)}")
+    raise UsageError(
+        f"the run has no {kind} '{name}'", hint=did_you_mean(name, known) or f"it has {', '.join(known)}"
+    )
 
 
 def create_run(path: Path, resolved: Resolved, versions: Mapping[str, str]) -> None:
@@ -161,7 +170,9 @@ def create_run(path: Path, resolved: Resolved, versions: Mapping[str, str]) -> N
         return
     foreign = [p.name for p in path.iterdir() if not p.name.startswith("run.lock")] if path.exists() else []
     if foreign:
-        raise StoreError(f"'{path}' holds other files ('{foreign[0]}') and no run", hint="use an empty folder with `--out`")
+        raise StoreError(
+            f"'{path}' holds other files ('{foreign[0]}') and no run", hint="use an empty folder with `--out`"
+        )
     content = {
         "format_version": FORMAT_VERSION,
         "asked": resolved.grid.model_dump(mode="json"),

@@ -29,7 +29,7 @@ LACKING = "the capture holds no"
 
 
 class Source(Protocol):
-    """Where layers come from: a watched model (`probekit.Watcher`) or a capture (`probekit.replay.Captured`)."""
+    """Where layers come from: a watched model (`probekit.Watcher`) or a capture (`Captured`)."""
 
     def layer_rows(self) -> list[Row]: ...
 

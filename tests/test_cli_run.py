@@ -45,7 +45,19 @@ def test_every_command_shows_examples(cli):
     assert code == 0
     listed = out.partition("Commands:")[2]
     names = [line.split()[0] for line in listed.splitlines() if line.startswith("  ") and line[2] != " "]
-    expected = {"run", "capture", "status", "show", "report", "compare", "verify", "inspect", "list", "plugins", "doctor"}
+    expected = {
+        "run",
+        "capture",
+        "status",
+        "show",
+        "report",
+        "compare",
+        "verify",
+        "inspect",
+        "list",
+        "plugins",
+        "doctor",
+    }
     assert expected <= set(names)
     for name in names:
         code, out, _ = cli(name, "--help")
@@ -55,7 +67,19 @@ def test_every_command_shows_examples(cli):
 
 
 def test_a_run_and_its_json(command, photos, tmp_path):
-    done = command("run", "--model", TINY, "--metrics", "nmi", "--dataset", f"folder:{photos}", "--out", "r", "--json", cwd=tmp_path)
+    done = command(
+        "run",
+        "--model",
+        TINY,
+        "--metrics",
+        "nmi",
+        "--dataset",
+        f"folder:{photos}",
+        "--out",
+        "r",
+        "--json",
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stderr
     said = json.loads(done.stdout)
     assert [c["status"] for c in said["cells"]] == ["done"]
@@ -72,7 +96,17 @@ def test_lines_fit_in_80_columns(command, photos, tmp_path):
 
 
 def test_dry_run_writes_nothing(command, photos, tmp_path):
-    words = ("run", "--model", TINY, "--metrics", "nmi,fourier", "--dataset", f"folder:{photos}", "--out", "r")
+    words = (
+        "run",
+        "--model",
+        TINY,
+        "--metrics",
+        "nmi,fourier",
+        "--dataset",
+        f"folder:{photos}",
+        "--out",
+        "r",
+    )
     done = command(*words, "--dry-run", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "40 of 40 images to measure: nmi, fourier" in done.stdout
@@ -143,7 +177,17 @@ def test_near_names_are_hinted(cli, photos):
 
 def test_a_plugin_file_runs(command, photos, tmp_path):
     example = os.path.join(os.path.dirname(__file__), "..", "examples", "entropy.py")
-    words = ("run", "--plugin", example, "--model", TINY, "--metrics", "entropy", "--dataset", f"folder:{photos}")
+    words = (
+        "run",
+        "--plugin",
+        example,
+        "--model",
+        TINY,
+        "--metrics",
+        "entropy",
+        "--dataset",
+        f"folder:{photos}",
+    )
     done = command(*words, "--out", "r", "--json", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert [c["status"] for c in json.loads(done.stdout)["cells"]] == ["done"]
@@ -157,7 +201,17 @@ def test_failed_cells_give_exit_code_1(cli, photos, tmp_path):
         "    name = 'bad'; needs = {'attention'}; dims = {'bad': ()}\n"
         "    def measure(self, layer): raise ValueError('boo')\n"
     )
-    words = ("run", "--plugin", plugin, "--model", TINY, "--metrics", "bad,nmi", "--dataset", f"folder:{photos}")
+    words = (
+        "run",
+        "--plugin",
+        plugin,
+        "--model",
+        TINY,
+        "--metrics",
+        "bad,nmi",
+        "--dataset",
+        f"folder:{photos}",
+    )
     code, out, err = cli(*words, "--limit", "4", "--out", tmp_path / "r")
     assert code == 1
     assert "1 cell done" in out and "1 cell failed" in out
@@ -171,7 +225,18 @@ def test_ctrl_c_is_no_traceback(photos, tmp_path):
         "    name = 'slow'; needs = {'attention'}; dims = {'slow': ()}\n"
         "    def measure(self, layer):\n        time.sleep(0.2)\n        return {'slow': layer.attention.mean((1, 2, 3))}\n"
     )
-    words = [sys.executable, "-m", "probekit", "run", "--plugin", "slow.py", "--model", TINY, "--metrics", "slow"]
+    words = [
+        sys.executable,
+        "-m",
+        "probekit",
+        "run",
+        "--plugin",
+        "slow.py",
+        "--model",
+        TINY,
+        "--metrics",
+        "slow",
+    ]
     words += ["--dataset", f"folder:{photos}", "--out", "r", "--batch-size", "1"]
     process = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 60

@@ -73,7 +73,9 @@ def test_a_metric_added_later_computes_only_itself(photos, tiny, tmp_path):
     first = probekit.run([tiny], [f"folder:{photos}"], ["nmi"], out=tmp_path / "r")
     before = digests(first.path)
     seen = []
-    second = probekit.run([tiny], [f"folder:{photos}"], ["nmi", "fourier"], out=tmp_path / "r", on_event=seen.append)
+    second = probekit.run(
+        [tiny], [f"folder:{photos}"], ["nmi", "fourier"], out=tmp_path / "r", on_event=seen.append
+    )
     after = digests(second.path)
     assert {k: after[k] for k in before} == before
     assert [e.metric for e in seen if e.kind == "metric"] == ["fourier"]
@@ -152,7 +154,7 @@ def test_a_newer_run_folder_is_refused(photos, tiny, tmp_path):
         measure(photos, tmp_path / "r", tiny, limit=2)
 
 
-BROKEN = '''
+BROKEN = """
 import torch
 from probekit import DoesNotApply, Metric
 
@@ -202,7 +204,7 @@ class Fine(Metric):
     name = "fine"; needs = {"attention"}; dims = {"fine": ("head",)}
     def measure(self, layer):
         return {"fine": layer.attention.amax(-1).mean(-1)}
-'''
+"""
 
 
 def test_broken_metrics_fail_alone(photos, tiny, tmp_path):
@@ -282,7 +284,9 @@ def test_probe_leaves_the_module_as_it_was(tiny):
     assert np.isfinite(one["nmi"]["nmi"]).all()
 
 
-@pytest.mark.parametrize("images", [torch.zeros(3, 32, 32), torch.zeros(0, 3, 32, 32), torch.zeros(2, 1, 32, 32), None])
+@pytest.mark.parametrize(
+    "images", [torch.zeros(3, 32, 32), torch.zeros(0, 3, 32, 32), torch.zeros(2, 1, 32, 32), None]
+)
 def test_probe_says_what_images_are(images):
     with pytest.raises(UsageError, match="images must be a tensor"):
         probekit.probe(torch.nn.Identity(), images)
@@ -291,7 +295,18 @@ def test_probe_says_what_images_are(images):
 def test_kill_9_at_random_moments(finished, photos, tiny, tmp_path):
     """Killed again and again and resumed, a run has the bits of an undisturbed one."""
     out = tmp_path / "r"
-    words = ["run", "--model", tiny, "--metrics", "all", "--dataset", f"folder:{photos}", "--out", str(out), "--json"]
+    words = [
+        "run",
+        "--model",
+        tiny,
+        "--metrics",
+        "all",
+        "--dataset",
+        f"folder:{photos}",
+        "--out",
+        str(out),
+        "--json",
+    ]
     words += ["--batch-size", "1", "--plugin", str(tmp_path / "slow.py")]
     (tmp_path / "slow.py").write_text(SLOW)
     clock = random.Random(0)
@@ -299,7 +314,10 @@ def test_kill_9_at_random_moments(finished, photos, tiny, tmp_path):
     killed_midway = 0
     for attempt in range(12):
         process = subprocess.Popen(
-            [sys.executable, "-m", "probekit", *words], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+            [sys.executable, "-m", "probekit", *words],
+            env=env,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         begun = len(list(out.rglob("shard-*.h5")))
         while process.poll() is None and not _moved(out, begun, attempt):
@@ -343,14 +361,16 @@ def test_heads_and_layers_a_pack_declares_are_checked(photos, tmp_path):
     plugin = tmp_path / "packed.py"
     plugin.write_text(PACKED.format(tiny=str(Path(__file__).parent / "tiny.py")))
     words = dict(datasets=[f"folder:{photos}"], metrics=["nmi"], plugins=[plugin], limit=2)
-    run = probekit.run(["packed:right@random", "packed:heads@random", "packed:layers@random"], out=tmp_path / "r", **words)
+    run = probekit.run(
+        ["packed:right@random", "packed:heads@random", "packed:layers@random"], out=tmp_path / "r", **words
+    )
     outcome = {c.model: c.outcome for c in run.cells()}
     assert outcome["packed:right@random"].status == "done"
     assert "has 2 heads, but its pack declares 6" in outcome["packed:heads@random"].reason
     assert "has 3 layers, but its pack declares 12" in outcome["packed:layers@random"].reason
 
 
-PACKED = '''
+PACKED = """
 from probekit import ModelSpec, hookimpl
 from probekit.plugin_files import import_file
 from pathlib import Path
@@ -368,7 +388,7 @@ def probekit_models():
         ModelSpec(variant="heads", heads=6, layers=3, **common),
         ModelSpec(variant="layers", heads=2, layers=12, **common),
     ]
-'''
+"""
 
 
 def test_an_edited_metric_file_is_measured_again(photos, tiny, tmp_path):

@@ -30,7 +30,7 @@ def test_untrained_networks_attend_almost_uniformly(run):
         np.testing.assert_allclose(distance["uniform"], 116.492, atol=1e-3)
         np.testing.assert_allclose(distance["attention_distance_curve"], 116.492, atol=3)
         nmi = run.result("nmi", model=model)
-        assert 0 <= float(nmi["nmi"].min()) and float(nmi["nmi"].max()) < 0.1
+        assert float(nmi["nmi"].min()) >= 0 and float(nmi["nmi"].max()) < 0.1
         fourier = run.result("fourier", model=model)
         assert fourier["fourier"].shape == (25, 7)
         np.testing.assert_allclose(fourier["frequency"], 2 * np.arange(7) / 14)

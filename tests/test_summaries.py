@@ -1,6 +1,5 @@
 """Means, spread and intervals against closed forms, scipy, and what they promise over many data sets."""
 
-# ruff: noqa: RUF012  a metric is written with plain class attributes
 from __future__ import annotations
 
 import json

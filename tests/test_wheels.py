@@ -29,7 +29,17 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
         # from a copy without build folders: setuptools writes into the source tree
         copy = out / f"source-{name}"
         _copy(source, copy)
-        words = ["-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(copy)]
+        words = [
+            "-m",
+            "pip",
+            "wheel",
+            "--quiet",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            str(folder),
+            str(copy),
+        ]
         subprocess.run([sys.executable, *words], check=True, capture_output=True)
         found[name] = next(folder.glob("*.whl"))
     return found
@@ -38,7 +48,9 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
 def _copy(source: Path, target: Path) -> None:
     import shutil
 
-    skip = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "plugins", "runs", "tests")
+    skip = shutil.ignore_patterns(
+        ".git", ".venv", "build", "*.egg-info", "__pycache__", "plugins", "runs", "tests"
+    )
     shutil.copytree(source, target, ignore=skip)
 
 
@@ -65,7 +77,11 @@ class Environment:
     def probekit(self, *words: str) -> subprocess.CompletedProcess[str]:
         env = {k: v for k, v in os.environ.items() if not k.startswith("PYTHON")}
         return subprocess.run(
-            [str(self.python), "-m", "probekit", *words], capture_output=True, text=True, env=env, cwd=self.site.parent
+            [str(self.python), "-m", "probekit", *words],
+            capture_output=True,
+            text=True,
+            env=env,
+            cwd=self.site.parent,
         )
 
 

@@ -65,4 +65,6 @@ def other():
 
 
 def without_attention():
-    return Model(nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten()), preprocessing=Preprocessing(size=(SIZE, SIZE)))
+    return Model(
+        nn.Sequential(nn.Conv2d(3, 4, 8, 8), nn.Flatten()), preprocessing=Preprocessing(size=(SIZE, SIZE))
+    )

@@ -1,4 +1,4 @@
-"""The ``probekit`` command. Every heavy import is inside a command: ``--help`` loads neither torch nor numpy."""
+"""The ``probekit`` command. Heavy imports are inside commands: ``--help`` loads neither torch nor numpy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class _Commands(TyperGroup):
 def _plugin_command(name: str) -> Any:
     catalog = state.catalog()
     if not any(e.name == name or e.qualified == name for e in catalog.commands):
-        known = [c.name or c.callback.__name__ for c in app.registered_commands] + [e.name for e in catalog.commands]
+        known = [c.name or c.callback.__name__ for c in app.registered_commands] + [
+            e.name for e in catalog.commands
+        ]
         from probekit.names import did_you_mean
 
         hint = did_you_mean(name, known) or "`probekit --help` lists the commands"
@@ -64,9 +66,12 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def main_options(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
     plugin: Annotated[
-        list[str] | None, typer.Option("--plugin", metavar="FILE", help="Also load this Python file as a plugin.")
+        list[str] | None,
+        typer.Option("--plugin", metavar="FILE", help="Also load this Python file as a plugin."),
     ] = None,
     no_plugins: Annotated[bool, typer.Option("--no-plugins", help="Load no installed plugin.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,

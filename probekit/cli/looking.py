@@ -26,7 +26,9 @@ def register(app: typer.Typer) -> None:
 def inspect_command(
     model: Annotated[str, typer.Argument(help="NAME[:VARIANT][@WEIGHTS]")],
     image_size: Annotated[str | None, typer.Option(help="224 or 224x448 (rows x columns).")] = None,
-    allow_unwatched: Annotated[bool, typer.Option("--allow-unwatched", help="Leave out attention that can't be watched.")] = False,
+    allow_unwatched: Annotated[
+        bool, typer.Option("--allow-unwatched", help="Leave out attention that can't be watched.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Layers, heads, prefix tokens, grids, strides and windows of a model, as one forward pass shows them.
@@ -50,13 +52,19 @@ def inspect_command(
     preprocessing = loaded.preprocessing or Preprocessing()
     pixels = torch.randn(2, 3, *(size or preprocessing.size), generator=torch.Generator().manual_seed(0))
     parts = loaded.declared.parts if loaded.declared else None
-    watcher = Watcher(loaded.module, pixels, forward=loaded.forward, declared_parts=parts, allow_unwatched=allow_unwatched)
+    watcher = Watcher(
+        loaded.module, pixels, forward=loaded.forward, declared_parts=parts, allow_unwatched=allow_unwatched
+    )
     anatomy = watcher.anatomy
     check_spec(loaded.spec, anatomy)
     if as_json:
         about = {
             "model": model,
-            "weights": {"kind": loaded.weights.kind, "source": loaded.weights.source, "sha256": loaded.weights.sha256},
+            "weights": {
+                "kind": loaded.weights.kind,
+                "source": loaded.weights.source,
+                "sha256": loaded.weights.sha256,
+            },
             "preprocessing": preprocessing.model_dump(mode="json"),
             "parameters": sum(p.numel() for p in loaded.module.parameters()),
         }
@@ -64,10 +72,13 @@ def inspect_command(
         return
     parameters = sum(p.numel() for p in loaded.module.parameters())
     typer.echo(f"{model}: {type(watcher.module).__name__}, {parameters / 1e6:.1f} M parameters")
-    typer.echo(f"  weights        {loaded.weights.kind}: {loaded.weights.source} (sha256 {loaded.weights.sha256[:12]})")
+    weights = loaded.weights
+    typer.echo(f"  weights        {weights.kind}: {weights.source} (sha256 {weights.sha256[:12]})")
     mean, std = (" ".join(f"{v:g}" for v in values) for values in (preprocessing.mean, preprocessing.std))
     rows, columns = anatomy.image_size
-    typer.echo(f"  input          {rows} x {columns} px, mean {mean}, std {std}, {preprocessing.interpolation}")
+    typer.echo(
+        f"  input          {rows} x {columns} px, mean {mean}, std {std}, {preprocessing.interpolation}"
+    )
     typer.echo("  all of the following was inferred from one forward pass")
     _table(anatomy)
     for other in anatomy.others:
@@ -83,7 +94,18 @@ def _table(anatomy: Any) -> None:
 
     groups: list[tuple[Any, list[Any]]] = []
     for layer in anatomy.layers:
-        look = (layer.part, layer.stage, layer.heads, layer.prefix, layer.grid, layer.stride, layer.window, layer.role, layer.width, layer.kind)
+        look = (
+            layer.part,
+            layer.stage,
+            layer.heads,
+            layer.prefix,
+            layer.grid,
+            layer.stride,
+            layer.window,
+            layer.role,
+            layer.width,
+            layer.kind,
+        )
         if groups and groups[-1][0] == look:
             groups[-1][1].append(layer)
         else:
@@ -99,7 +121,11 @@ def _table(anatomy: Any) -> None:
         stride = "x".join(f"{s:g}" for s in dict.fromkeys(first.stride)) if first.stride else ""
         window = first.window.replace(", masked regions", " masked")
         what = window if first.role == "tokens" else f"{window}, {first.role}"
-        part = f"{first.part} {first.stage}" if anatomy.layers[-1].stage or first.part != "encoder" else first.part
+        part = (
+            f"{first.part} {first.stage}"
+            if anatomy.layers[-1].stage or first.part != "encoder"
+            else first.part
+        )
         table.add_row(depth, names, part, str(first.heads), str(first.prefix), grid, stride, what)
     Console(width=min(Console().width, 110)).print(table, markup=False, highlight=False)
 
@@ -129,7 +155,10 @@ def fetch_command(
     for name in model:
         spec = catalog.model(name).spec
         if spec.weights is None:
-            raise UsageError(f"'{name}' has no published file to fetch", hint=f"it is loaded when used: `probekit inspect {name}`")
+            raise UsageError(
+                f"'{name}' has no published file to fetch",
+                hint=f"it is loaded when used: `probekit inspect {name}`",
+            )
         found[name] = str(fetch(spec.weights))
         if not as_json:
             typer.echo(f"{name}: {found[name]}")
@@ -147,7 +176,9 @@ def doctor_command(as_json: Json = False) -> None:
     """
     checks = list(_checks())
     if as_json:
-        typer.echo(json.dumps([{"check": c, "value": v, "ok": ok, "hint": h} for c, v, ok, h in checks], indent=2))
+        typer.echo(
+            json.dumps([{"check": c, "value": v, "ok": ok, "hint": h} for c, v, ok, h in checks], indent=2)
+        )
     else:
         for check, value, ok, hint in checks:
             typer.echo(f"{'ok ' if ok else 'BAD'}  {check:<22} {value}")
@@ -173,7 +204,12 @@ def _checks() -> Any:
     folder = cache_dir()
     nearest = next(p for p in (folder, *folder.parents) if p.exists())
     writable = os.access(nearest, os.W_OK)
-    yield "weights cache", str(folder), writable, "" if writable else "set PROBEKIT_CACHE to a folder you can write to"
+    yield (
+        "weights cache",
+        str(folder),
+        writable,
+        "" if writable else "set PROBEKIT_CACHE to a folder you can write to",
+    )
     catalog = state.catalog(announce=False)
     for kind in ("models", "metrics", "datasets", "reports"):
         yield kind, f"{len(catalog.entries(kind))} entries", True, ""

@@ -24,13 +24,23 @@ def register(app: typer.Typer) -> None:
 
 
 def run_command(
-    grid: Annotated[Path | None, typer.Argument(metavar="GRID.yaml|GRID.toml", help="A grid file.", show_default=False)] = None,
-    model: Annotated[list[str] | None, typer.Option("--model", "-m", help="NAME[:VARIANT][@WEIGHTS]; repeat for more.")] = None,
-    metrics: Annotated[list[str] | None, typer.Option("--metrics", help="NAME[:option=value], commas, globs, !name or all.")] = None,
-    dataset: Annotated[list[str] | None, typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH.")] = None,
+    grid: Annotated[
+        Path | None, typer.Argument(metavar="GRID.yaml|GRID.toml", help="A grid file.", show_default=False)
+    ] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", "-m", help="NAME[:VARIANT][@WEIGHTS]; repeat for more.")
+    ] = None,
+    metrics: Annotated[
+        list[str] | None, typer.Option("--metrics", help="NAME[:option=value], commas, globs, !name or all.")
+    ] = None,
+    dataset: Annotated[
+        list[str] | None, typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH.")
+    ] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many images, evenly spaced.")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
-    replay: Annotated[Path | None, typer.Option(help="Measure captured activations instead of a model.")] = None,
+    replay: Annotated[
+        Path | None, typer.Option(help="Measure captured activations instead of a model.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16 forward passes.")] = None,
@@ -38,7 +48,9 @@ def run_command(
     seed: Annotated[int | None, typer.Option(help="Of random weights and of intervals.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes that decode images.")] = None,
     on_bad_image: Annotated[str | None, typer.Option(help="skip (and list them) or fail.")] = None,
-    allow_unwatched: Annotated[bool, typer.Option("--allow-unwatched", help="Leave out attention that can't be watched.")] = False,
+    allow_unwatched: Annotated[
+        bool, typer.Option("--allow-unwatched", help="Leave out attention that can't be watched.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
@@ -63,8 +75,9 @@ def run_command(
     from probekit.runfolder import choose_folder
 
     given = {
-        "models": model, "metrics": metrics, "datasets": dataset, "limit": limit, "batch_size": batch_size, "device": device,
-        "dtype": dtype, "image_size": parse_size(image_size) if image_size else None, "seed": seed, "workers": workers,
+        "models": model, "metrics": metrics, "datasets": dataset, "limit": limit, "batch_size": batch_size,
+        "device": device, "dtype": dtype, "image_size": parse_size(image_size) if image_size else None,
+        "seed": seed, "workers": workers,
         "on_bad_image": on_bad_image, "allow_unwatched": allow_unwatched or None,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
@@ -80,7 +93,11 @@ def run_command(
         return _closing(run, catalog, listen, as_json)
     resolved = resolve(read_grid(grid, **given) if grid else make_grid(given, "the command"), catalog)
     folder, resumed = (out, out.exists()) if out is not None else choose_folder(resolved)
-    counts = [_count(len(resolved.models), "model"), _count(len(resolved.metrics), "metric"), _count(len(resolved.datasets), "dataset")]
+    counts = [
+        _count(len(resolved.models), "model"),
+        _count(len(resolved.metrics), "metric"),
+        _count(len(resolved.datasets), "dataset"),
+    ]
     if dry_run:
         from probekit.execution import forecast
 
@@ -89,7 +106,9 @@ def run_command(
         typer.echo(f"  {' x '.join(counts)}: {folder}{' (continued)' if resumed else ''}")
         for entry in resolved.models:
             if entry.spec.published_as:
-                typer.echo(f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.published_as}")
+                typer.echo(
+                    f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.published_as}"
+                )
     from probekit.execution import execute
 
     with shown(as_json, len(resolved.models) * len(resolved.datasets)) as listen:
@@ -106,7 +125,7 @@ _VERB = {"does not apply": "not applicable"}
 
 
 class Shown:
-    """Shows a run's events: a progress bar per cell on a terminal, lines elsewhere, nothing for ``--json``."""
+    """Shows a run's events: progress bars on a terminal, lines elsewhere, nothing for ``--json``."""
 
     def __init__(self, progress: Any):
         self.progress = progress
@@ -148,7 +167,14 @@ def shown(quiet: bool, cells: int) -> Iterator[Shown]:
         yield Shown(None)
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        ProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
     from rich.text import Text
 
     class Rate(ProgressColumn):
@@ -157,8 +183,16 @@ def shown(quiet: bool, cells: int) -> Iterator[Shown]:
             elapsed = task.finished_time if task.finished else task.elapsed
             return Text(f"{done / elapsed:.0f} img/s" if done and elapsed else "", style="dim")
 
-    columns = [TextColumn("  {task.description}", markup=False), BarColumn(18), MofNCompleteColumn(), Rate(), TimeRemainingColumn(compact=True)]
-    with Progress(*columns, console=Console(file=sys.stderr if not sys.stdout.isatty() else None)) as progress:
+    columns = [
+        TextColumn("  {task.description}", markup=False),
+        BarColumn(18),
+        MofNCompleteColumn(),
+        Rate(),
+        TimeRemainingColumn(compact=True),
+    ]
+    with Progress(
+        *columns, console=Console(file=sys.stderr if not sys.stdout.isatty() else None)
+    ) as progress:
         yield Shown(progress)
 
 
@@ -172,7 +206,11 @@ def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) ->
 
     passes = sum(f.remaining > 0 for f in found)
     seconds = sum(f.seconds for f in found)
-    cost = f"about {_duration(seconds)}, {human_bytes(sum(f.bytes for f in found))} kept" if passes else "nothing to do"
+    cost = (
+        f"about {_duration(seconds)}, {human_bytes(sum(f.bytes for f in found))} kept"
+        if passes
+        else "nothing to do"
+    )
     typer.echo(f"  {counts}: {passes} {'pass' if passes == 1 else 'passes'}, {cost} in {folder}")
     for f in found:
         typer.echo(f"  {f.model} x {f.dataset}")
@@ -197,10 +235,21 @@ def _closing(run: Run, catalog: Any, listen: Shown, as_json: bool) -> int:
         by_status.setdefault(cell.outcome.status, []).append(cell)
     report = catalog.resolve_target(catalog.report("html"))(run, run.path / "report.html")
     if as_json:
-        listed = [{"model": c.model, "dataset": c.dataset, "metric": c.metric, "status": c.outcome.status, "reason": c.outcome.reason} for c in cells]
+        listed = [
+            {
+                "model": c.model,
+                "dataset": c.dataset,
+                "metric": c.metric,
+                "status": c.outcome.status,
+                "reason": c.outcome.reason,
+            }
+            for c in cells
+        ]
         typer.echo(json.dumps({"folder": str(run.path), "report": str(report), "cells": listed}, indent=2))
     else:
-        parts = [f"{_count(len(found), 'cell')} {_VERB.get(status, status)}" for status, found in by_status.items()]
+        parts = [
+            f"{_count(len(found), 'cell')} {_VERB.get(status, status)}" for status, found in by_status.items()
+        ]
         if listen.bad_images:
             parts.append(f"{_count(listen.bad_images, 'image')} left out")
         typer.echo(f"  {', '.join(parts)}")
