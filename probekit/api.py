@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor, nn
 
+    from probekit.model import Model
+
 
 def run(
     models: str | Sequence[str],
@@ -55,7 +57,7 @@ def open(path: str | Path) -> Run:
 
 
 def probe(
-    model: str | nn.Module,
+    model: str | nn.Module | Model,
     images: Tensor,
     metrics: Sequence[str | Metric | type[Metric]] = ("all",),
     *,
@@ -66,7 +68,7 @@ def probe(
 ) -> Mapping[str, xr.Dataset]:
     """Measure one model on images in memory.
 
-    model:   any `nn.Module` (left as it was) or a model name
+    model:   any `nn.Module` (left as it was), a `Model`, or a model name
     images:  (B, 3, H, W), normalised as the model wants them, B >= 1; moved to the module's device
     metrics: names, `Metric` classes or objects; of ``"all"``, those that don't apply are left out
 
@@ -75,31 +77,39 @@ def probe(
     meaning for this model, `MetricError` for one that is broken, `WatchError` for a model that can't be
     watched.
     """
+    import numpy as np
     import torch
 
     from probekit.engine import collector, measure_batch, numerics
-    from probekit.model import load_model, wrap
+    from probekit.model import Model, load_model, wrap
     from probekit.watch import Watcher
 
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or images.shape[1] != 3 or not len(images):
         shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise UsageError(f"images must be a tensor (B, 3, H, W), not {shape}")
     catalog = Catalog.load()
-    loaded = load_model(model, catalog, seed=seed) if isinstance(model, str) else None
-    if loaded is None and not isinstance(model, torch.nn.Module):
+    if isinstance(model, str):
+        model = load_model(model, catalog, seed=seed)
+    elif not isinstance(model, (torch.nn.Module, Model)):
         wrap(model)  # says what a model is
     chosen = _metrics(metrics, catalog)
-    module = loaded.module if loaded else model
-    forward = loaded.forward if loaded else None
+    loaded = model if isinstance(model, Model) else Model(model)
+    module, parts = loaded.module, loaded.declared.parts if loaded.declared else None
     training = {m: m.training for m in module.modules()}
     first = next(module.parameters(), None)
     device = first.device if first is not None else images.device
     try:
         with numerics(device, dtype):
             pixels = images.to(device)
-            watcher = Watcher(module, pixels, forward=forward, allow_unwatched=allow_unwatched)
+            watcher = Watcher(
+                module,
+                pixels,
+                forward=loaded.forward,
+                declared_parts=parts,
+                allow_unwatched=allow_unwatched,
+            )
             collectors = [collector(metric, watcher) for metric, _ in chosen.values()]
-            parts = [measure_batch(watcher, batch, collectors) for batch in pixels.split(batch_size)]
+            measured = [measure_batch(watcher, batch, collectors) for batch in pixels.split(batch_size)]
     finally:
         for m, mode in training.items():
             m.training = mode
@@ -112,7 +122,7 @@ def probe(
             if required:
                 raise DoesNotApply(f"metric '{name}' does not apply: {next(iter(found.reasons.values()))}")
             continue
-        values = {n: torch.cat([torch.from_numpy(p[number][n]) for p in parts]).numpy() for n in metric.dims}
+        values = {n: np.concatenate([p[number][n] for p in measured]) for n in metric.dims}
         ids = [str(i) for i in range(len(images))]
         results[name] = metric.summarize(Traces(values, found.rows, ids, None, found.constants, seed))
     return results

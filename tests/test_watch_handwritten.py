@@ -126,8 +126,9 @@ def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 SPELLINGS = (
-    fused, method, function, module, heads_last, heads_very_last, ellipsis, merged, merged_then_apart, heads_first,
-    added, each_head, by_hand, logarithm, logsumexp, keys_first, values_first, into, masked_in_place, dropped,
+    fused, method, function, module, heads_last, heads_very_last, ellipsis, merged, merged_then_apart,
+    heads_first, added, each_head, by_hand, logarithm, logsumexp, keys_first, values_first, into,
+    masked_in_place, dropped,
 )  # fmt: skip
 
 

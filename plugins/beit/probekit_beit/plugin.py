@@ -53,7 +53,7 @@ def _spec(variant: str, file: str, summary: str, layout: Layout, **more: bool) -
         summary=summary,
         target="probekit_beit.models:build",
         citation=_BEITV2 if second else _BEIT,
-        objective="MIM",
+        objective="supervised" if variant.endswith("-ft") else "MIM",
         weights=Weights(url=f"{_ADDRESS}/{file}.pth", filename=name, licence="MIT", layout=layout),
         preprocessing=Preprocessing(interpolation="bicubic", crop_pct=0.875, **values),
         heads=16 if large else 12,

@@ -76,6 +76,7 @@ def _swin(variant: str, summary: str, drive: str, filename: str, window: int) ->
         objective="MIM",
         weights=_weights(drive, filename, _SWIN, _SWIN_BARE),
         preprocessing=SWIN_PREPROCESSING,
+        heads=(6, 12, 24, 48) if variant == "swin-l" else (4, 8, 16, 32),
         layers=24,
     )
 
