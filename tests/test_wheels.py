@@ -24,7 +24,8 @@ PACKS = sorted(p.parent.name for p in ROOT.glob("plugins/*/pyproject.toml"))
 def wheels(tmp_path_factory) -> dict[str, Path]:
     out = tmp_path_factory.mktemp("wheels")
     found = {}
-    for name, source in {"core": ROOT, **{p: ROOT / "plugins" / p for p in PACKS}}.items():
+    sources = {"core": ROOT, "examples": ROOT / "examples", **{p: ROOT / "plugins" / p for p in PACKS}}
+    for name, source in sources.items():
         folder = out / name
         # from a copy without build folders: setuptools writes into the source tree
         copy = out / f"source-{name}"
@@ -118,3 +119,16 @@ def test_a_pack_comes_and_goes(environment, wheels, pack):
     assert done.returncode in (2, 3)
     assert f"pip install vit-probekit-{pack}" in done.stderr
     assert environment.probekit("list", "metrics").returncode == 0
+
+
+def test_a_third_partys_metric_and_models_as_a_package(environment, wheels, photos, tiny):
+    environment.install(wheels["examples"])
+    listed = json.loads(environment.probekit("list", "--json").stdout)
+    assert "entropy" in {m["name"] for m in listed["metrics"]}
+    assert "tv:b16" in {m["name"] for m in listed["models"]}
+    out = environment.site.parent / "run"
+    words = ("run", "--model", tiny, "--metrics", "entropy", "--dataset", f"folder:{photos}", "--limit", "4")
+    done = environment.probekit(*words, "--out", str(out), "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cells"][0]["status"] == "done"
+    environment.uninstall(wheels["examples"])
