@@ -6,17 +6,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probekit.catalog import Catalog
 from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.grid import make_grid, resolve
 from probekit.metric import Metric, Traces
-from probekit.runfolder import Run, choose_folder
+from probekit.plugins.catalog import Catalog
+from probekit.store.runfolder import Run, choose_folder
 
 if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor, nn
 
-    from probekit.model import Model
+    from probekit.models.model import Model
 
 
 def run(
@@ -81,7 +81,7 @@ def probe(
     import torch
 
     from probekit.engine import collector, measure_batch, numerics
-    from probekit.model import Model, load_model, wrap
+    from probekit.models.model import Model, load_model, wrap
     from probekit.watch import Watcher
 
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or images.shape[1] != 3 or not len(images):

@@ -13,8 +13,8 @@ from probekit import attention as core
 from probekit.errors import DoesNotApply, MetricError, ProbekitError
 from probekit.layer import Layer, Scores
 from probekit.metric import Metric
-from probekit.observe import CAPTURES
 from probekit.testing import TinyViT, make_layer
+from probekit.watch.observe import CAPTURES
 
 
 def check(metric: Metric | type[Metric]) -> None:

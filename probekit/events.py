@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probekit.cells import Outcome
     from probekit.errors import ProbekitError
+    from probekit.store.cells import Outcome
 
 
 @dataclass(frozen=True)

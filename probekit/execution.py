@@ -15,16 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from probekit.catalog import Catalog, Entry
-from probekit.cells import CellFolder, Outcome, TraceFolder, identity_hash, require_same
 from probekit.engine import Collector, collector, measure_batch, numerics, pick_device, within_memory
 from probekit.errors import DataError, MetricError, ProbekitError
 from probekit.events import Event, Listener, nobody
 from probekit.grid import Grid, Resolved
 from probekit.metric import Metric
-from probekit.results import write_result
-from probekit.runfolder import Run, create_run, shard_size
-from probekit.store import RunLock, Writer, remove_temporaries
+from probekit.plugins.catalog import Catalog, Entry
+from probekit.store.cells import CellFolder, Outcome, TraceFolder, identity_hash, require_same
+from probekit.store.results import write_result
+from probekit.store.runfolder import Run, create_run, shard_size
+from probekit.store.writing import RunLock, Writer, remove_temporaries
 from probekit.subject import LACKING, Live, Source, Subject, default_batch, open_dataset, versions
 
 

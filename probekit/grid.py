@@ -14,7 +14,7 @@ from probekit.errors import UsageError
 from probekit.names import slug
 
 if TYPE_CHECKING:
-    from probekit.catalog import Catalog, Entry
+    from probekit.plugins.catalog import Catalog, Entry
 
 
 SETTINGS = ("limit", "seed", "dtype", "image_size", "on_bad_image", "allow_unwatched")

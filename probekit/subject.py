@@ -12,15 +12,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from probekit import images as image_loading
 from probekit.anatomy import Anatomy
-from probekit.catalog import Catalog, Entry
-from probekit.dataset import BadImage, Dataset, select
+from probekit.datasets import images as image_loading
+from probekit.datasets.dataset import BadImage, Dataset, select
 from probekit.errors import DataError, WatchError
 from probekit.events import Event, Listener
 from probekit.grid import Grid
 from probekit.metric import Metric, Row
-from probekit.model import Model, load_model
+from probekit.models.model import Model, load_model
+from probekit.plugins.catalog import Catalog, Entry
 from probekit.specs import ModelSpec, Preprocessing
 from probekit.watch import Visitor, Watcher
 
@@ -59,7 +59,7 @@ class Subject(Protocol):
         """A source of layers, and a batch of two images to try it on."""
 
     def batches(self, chosen: Sequence[int], batch_size: int, workers: int = 0) -> Iterator[Any]:
-        """Batches of the images `chosen`, in order (`probekit.images.Batch`)."""
+        """Batches of the images `chosen`, in order (`probekit.datasets.images.Batch`)."""
 
     def about(self, source: Source, batch_size: int) -> dict[str, Any]:
         """What cell.json says."""

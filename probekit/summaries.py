@@ -18,7 +18,7 @@ import xarray as xr
 
 from probekit.errors import MetricError, UsageError
 from probekit.metric import Metric, Row, Traces
-from probekit.sealing import canonical_json
+from probekit.store.sealing import canonical_json
 
 RESAMPLES = 1000
 LEVEL = 0.95

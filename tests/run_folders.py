@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from probekit.cells import FORMAT_VERSION, CellFolder, Outcome, TraceFolder, identity_hash
 from probekit.metric import Metric, Row, Traces
-from probekit.results import write_result
-from probekit.runfolder import Run, shard_size
-from probekit.shards import write_shard
-from probekit.store import seal_json
+from probekit.store.cells import FORMAT_VERSION, CellFolder, Outcome, TraceFolder, identity_hash
+from probekit.store.results import write_result
+from probekit.store.runfolder import Run, shard_size
+from probekit.store.shards import write_shard
+from probekit.store.writing import seal_json
 
 VIT, SWIN, MAE, SMALL = "vit", "swin", "mae", "small"
 

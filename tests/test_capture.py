@@ -19,17 +19,17 @@ import pytest
 import torch
 import typer
 from PIL import Image
+from probekit.execution import execute
 
-from probekit import activations
-from probekit import capture as capturing
-from probekit.activations import CaptureFolder, choose_layers, groups, parse_layers, parse_sites
-from probekit.capture import capture
-from probekit.catalog import Catalog
+from probekit.capturing import activations
+from probekit.capturing import capture as capturing
+from probekit.capturing.activations import CaptureFolder, choose_layers, groups, parse_layers, parse_sites
+from probekit.capturing.capture import capture
+from probekit.capturing.replay import Captured, replay
 from probekit.errors import StoreError, UsageError, WatchError
 from probekit.grid import make_grid, resolve
-from probekit.replay import Captured, replay
-from probekit.run import execute
-from probekit.store import RunLock, read_shard
+from probekit.plugins.catalog import Catalog
+from probekit.store.writing import RunLock, read_shard
 from probekit.watch import Visitor
 
 ROOT = Path(capturing.__file__).parents[1]
@@ -448,8 +448,8 @@ def test_a_bias_that_turns_out_to_vary_is_stored_where_it_does(place, catalog, t
 
 def test_a_layer_is_read_back_as_the_watcher_gave_it(place, catalog, tmp_path):
     """Every field of a layer, of images in any order."""
-    from probekit.images import batches
-    from probekit.model import load_model
+    from probekit.datasets.images import batches
+    from probekit.models.model import load_model
     from probekit.subject import open_dataset
     from probekit.watch import Watcher
 
@@ -611,8 +611,8 @@ def test_an_unfinished_capture_is_not_replayed(place, catalog, tmp_path):
 SCRIPT = """
     import sys
     from pathlib import Path
-    from probekit import capture as capturing
-    from probekit.catalog import Catalog
+    from probekit.capturing import capture as capturing
+    from probekit.plugins.catalog import Catalog
     from probekit.grid import make_grid, resolve
     capturing.SHARD_BYTES = 1
     model, images, out = sys.argv[1:]
@@ -705,7 +705,7 @@ def test_two_models_are_refused(place, catalog, tmp_path):
 
 
 def test_a_site_that_no_layer_has_is_refused(place, catalog, tmp_path, monkeypatch):
-    from probekit.activation_arrays import Probe
+    from probekit.capturing.arrays import Probe
 
     given = Probe.layers
 
@@ -718,7 +718,7 @@ def test_a_site_that_no_layer_has_is_refused(place, catalog, tmp_path, monkeypat
 
 
 def test_a_model_that_changes_after_the_plan_is_named(place, catalog, tmp_path, monkeypatch):
-    from probekit.activation_arrays import ShardArrays
+    from probekit.capturing.arrays import ShardArrays
 
     given = ShardArrays._put
     monkeypatch.setattr(

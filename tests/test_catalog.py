@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-import probekit.builtins
-from probekit.catalog import Catalog
+import probekit.plugins.builtins
 from probekit.errors import PluginError, UsageError
-from probekit.lookup_errors import OFFICIAL
-from probekit.plugins import KINDS, Problem
+from probekit.plugins.catalog import Catalog
+from probekit.plugins.loading import KINDS, Problem
+from probekit.plugins.lookup_errors import OFFICIAL
 
 HEAD = """
 from probekit.hookspecs import hookimpl
@@ -87,7 +87,8 @@ def test_built_ins_load_without_a_problem():
     assert {e.pack for kind in KINDS for e in catalog.entries(kind)} == {"probekit"}
     assert [e.spec.figure for e in catalog.metrics] == ["Fig. 3", "Fig. 4", "Fig. 9"]
     assert all(
-        hasattr(getattr(probekit.builtins, f"probekit_{k}"), "probekit_impl") for k in ("models", "metrics")
+        hasattr(getattr(probekit.plugins.builtins, f"probekit_{k}"), "probekit_impl")
+        for k in ("models", "metrics")
     )
 
 
@@ -596,12 +597,12 @@ def test_listing_a_thousand_names_is_light(site):
         site(f"p{number}", metrics_hook(*names))
     code = (
         "import sys, time; start = time.process_time()\n"
-        "from probekit.catalog import Catalog\n"
+        "from probekit.plugins.catalog import Catalog\n"
         "catalog = Catalog.load(); assert len(catalog.labelled('metrics')) == 1023, catalog.problems\n"
         "assert not catalog.problems and not catalog.notes('metrics')\n"
         "print([m for m in ('torch', 'numpy', 'xarray', 'h5py', 'rich') if m in sys.modules])\n"
     )
-    root = Path(probekit.builtins.__file__).parents[1]
+    root = Path(probekit.plugins.builtins.__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": f"{site.root}{os.pathsep}{root}"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from probekit.checkpoints import adopt, check_heads, choose, own_state, read
 from probekit.errors import PluginError, WeightsError
-from probekit.fetch import sha256
-from probekit.sincos import sincos_positions
+from probekit.models.checkpoints import adopt, check_heads, choose, own_state, read
+from probekit.models.fetch import sha256
+from probekit.models.sincos import sincos_positions
+from probekit.models.weightfile import load
 from probekit.specs import Layout, Weights
-from probekit.weightfile import load
 
 
 class Net(nn.Module):

@@ -287,7 +287,7 @@ def test_new_metric_is_a_package_that_works(tmp_path, monkeypatch):
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     code = (
-        "import sys; from probekit.catalog import Catalog\n"
+        "import sys; from probekit.plugins.catalog import Catalog\n"
         "catalog = Catalog.load(); entry = catalog.metric('head_rank')\n"
         "assert not catalog.problems, catalog.problems\n"
         "assert 'torch' not in sys.modules\n"

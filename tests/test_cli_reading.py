@@ -17,9 +17,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from run_folders import MAE, SMALL, SWIN, VIT, make_run
 
-from probekit.cells import Outcome
 from probekit.cli import reading
 from probekit.errors import UsageError
+from probekit.store.cells import Outcome
 from probekit.summaries import paired_difference
 
 ROOT = Path(__file__).parent.parent

@@ -19,8 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageFile
 
-from probekit import dataset as dataset_module
-from probekit.dataset import BadImage, Dataset, select
+from probekit.datasets import dataset as dataset_module
+from probekit.datasets.dataset import BadImage, Dataset, select
 from probekit.datasets.folder import load, to_rgb
 from probekit.errors import DataError, PluginError, UsageError
 
@@ -609,7 +609,7 @@ def test_check_names_contradictions(parts: dict[str, object], message: str) -> N
 
 
 def test_no_torch_is_imported() -> None:
-    modules = "sys, probekit.dataset, probekit.datasets.folder, probekit.images"
+    modules = "sys, probekit.datasets.dataset, probekit.datasets.folder, probekit.datasets.images"
     code = f"import {modules}; print('torch' in sys.modules)"
     root = Path(dataset_module.__file__).parents[1]
     result = subprocess.run(

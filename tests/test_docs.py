@@ -15,8 +15,8 @@ import typer
 from probekit import api, builtins, hookspecs, specs
 from probekit.cli.app import app
 from probekit.layer import Layer
-from probekit.plugins import HOOKS
-from probekit.watch import CAPTURES
+from probekit.plugins.loading import HOOKS
+from probekit.watch.watcher import CAPTURES
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -141,7 +141,7 @@ def test_every_field_a_metric_may_need_is_named():
 
 def test_example_packs_in_the_page_work(tmp_path):
     """The metric pack and the model pack of the page, written to files, load without a problem."""
-    from probekit.catalog import Catalog
+    from probekit.plugins.catalog import Catalog
 
     code = [block for _, block in blocks(DOCS / "plugins.md", "python") if block.startswith("# ")]
     assert len(code) == 4
@@ -202,7 +202,7 @@ def test_command_lines_parse(page, line):
     """Known commands, known options, known names; nothing is run."""
     import shlex
 
-    from probekit.catalog import Catalog
+    from probekit.plugins.catalog import Catalog
 
     words = shlex.split(line)[1:]
     name = " ".join(words[:2]) if " ".join(words[:2]) in COMMANDS else words[0]

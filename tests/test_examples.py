@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 import probekit
-from probekit.catalog import Catalog
 from probekit.errors import WeightsError
-from probekit.model import load_model
+from probekit.models.model import load_model
+from probekit.plugins.catalog import Catalog
 from probekit.testing import check_metric, make_layer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

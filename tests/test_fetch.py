@@ -14,9 +14,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from probekit import fetch as fetching
 from probekit.errors import WeightsError
-from probekit.fetch import cached_path, fetch, fetch_checked
+from probekit.models import fetch as fetching
+from probekit.models.fetch import cached_path, fetch, fetch_checked
 from probekit.specs import Weights
 
 CONTENT = os.urandom(3_000_000)

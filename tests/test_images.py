@@ -17,11 +17,11 @@ import pytest
 import torch
 from PIL import Image
 
-import probekit.images as images_module
-from probekit.dataset import BadImage, Dataset, select
+import probekit.datasets.images as images_module
+from probekit.datasets.dataset import BadImage, Dataset, select
 from probekit.datasets.folder import load
+from probekit.datasets.images import Bad, Batch, batches
 from probekit.errors import DataError, PluginError, UsageError
-from probekit.images import Bad, Batch, batches
 from probekit.specs import Preprocessing
 
 ROOT = Path(images_module.__file__).parents[1]
@@ -411,8 +411,8 @@ def test_a_dead_worker_is_an_error_not_a_hang() -> None:
 SLOW = """
     import os, sys, time
     from PIL import Image
-    from probekit.dataset import Dataset
-    from probekit.images import batches
+    from probekit.datasets.dataset import Dataset
+    from probekit.datasets.images import batches
     from probekit.specs import Preprocessing
 
     class Slow(Dataset):

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from probekit.catalog import Catalog
-from probekit.checkpoints import Accounting
 from probekit.errors import PluginError, UsageError, WeightsError
-from probekit.model import Model, load_entry, load_model, state_sha256, wrap
 from probekit.models import huggingface
 from probekit.models import timm as timm_models
-from probekit.sincos import sincos_positions
+from probekit.models.checkpoints import Accounting
+from probekit.models.model import Model, load_entry, load_model, state_sha256, wrap
+from probekit.models.sincos import sincos_positions
+from probekit.plugins.catalog import Catalog
 from probekit.specs import Layout, ModelSpec, Preprocessing, Weights
 
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -179,7 +179,7 @@ def test_state_identity_sees_names_types_and_shapes():
 
 OWN = """
 import torch
-from probekit.model import Model
+from probekit.models.model import Model
 from probekit.specs import Preprocessing
 
 class Net(torch.nn.Module):

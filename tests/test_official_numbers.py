@@ -18,8 +18,8 @@ import pytest
 import torch
 
 import probekit
-from probekit.catalog import Catalog
-from probekit.model import load_model
+from probekit.models.model import load_model
+from probekit.plugins.catalog import Catalog
 
 PLUGINS = Path(__file__).parent.parent / "plugins"
 COMPAT = ":compat=cl-vs-mim"

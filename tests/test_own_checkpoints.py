@@ -7,11 +7,11 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from probekit import candidates
-from probekit.catalog import Catalog
 from probekit.errors import UsageError, WeightsError
-from probekit.model import load_model
+from probekit.models import candidates
 from probekit.models import timm as timm_models
+from probekit.models.model import load_model
+from probekit.plugins.catalog import Catalog
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parent))
 from run_folders import MAE, SMALL, SWIN, VIT, layers, make_run
 
-from probekit.cells import Outcome
 from probekit.reports import csv as csv_report
 from probekit.reports import html
 from probekit.reports.charts import Baseline, Point, clean, is_untrained
@@ -34,7 +33,8 @@ from probekit.reports.curves import baselines_of, charts, curve_of
 from probekit.reports.figures import NARROW, WIDE, lines_of, panel_svg
 from probekit.reports.looks import SERIES, UNTRAINED, styles
 from probekit.reports.placing import apart, fitting, shortened
-from probekit.runfolder import Run
+from probekit.store.cells import Outcome
+from probekit.store.runfolder import Run
 
 ROOT = Path(__file__).parent.parent
 HOSTILE = (
@@ -518,7 +518,7 @@ def test_same_run_same_bytes_anywhere(rich, tmp_path):
     settings = tmp_path / "matplotlibrc"
     settings.write_text("font.size: 30\nsvg.fonttype: path\naxes.facecolor: red\ntext.usetex: True\n")
     code = (
-        "import sys; from probekit.runfolder import Run; from probekit.reports import csv, html; "
+        "import sys; from probekit.store.runfolder import Run; from probekit.reports import csv, html; "
         "from pathlib import Path; r = Run(sys.argv[1]); "
         "html.render(r, Path('a.html')); csv.render(r, Path('a.csv')); "
         "print(sorted({'torch', 'matplotlib.pyplot'} & set(sys.modules)))"

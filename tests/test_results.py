@@ -12,10 +12,10 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probekit import results
 from probekit.errors import StoreError
-from probekit.results import read_result, verify_result, write_result
-from probekit.sealing import Damaged, Missing, NewerFormat
+from probekit.store import results
+from probekit.store.results import read_result, verify_result, write_result
+from probekit.store.sealing import Damaged, Missing, NewerFormat
 
 
 def example() -> xr.Dataset:

@@ -37,11 +37,11 @@ def finished(photos, tiny, tmp_path_factory):
 
 
 def test_results_open_with_xarray_and_equal_probe(finished, photos, tiny):
-    from probekit.catalog import Catalog
-    from probekit.dataset import select
+    from probekit.datasets.dataset import select
     from probekit.datasets.folder import load
-    from probekit.images import batches
-    from probekit.model import load_model
+    from probekit.datasets.images import batches
+    from probekit.models.model import load_model
+    from probekit.plugins.catalog import Catalog
 
     model = load_model(tiny, Catalog.load())
     data = load(str(photos))
@@ -138,7 +138,7 @@ def test_unreadable_images_are_skipped_and_listed(photos, tiny, tmp_path):
 
 
 def test_two_processes_in_one_folder(photos, tiny, tmp_path):
-    from probekit.store import RunLock
+    from probekit.store.writing import RunLock
 
     with RunLock(tmp_path / "r"), pytest.raises(StoreError, match="being written"):
         measure(photos, tmp_path / "r", tiny)
@@ -268,7 +268,7 @@ def test_bfloat16_is_close_and_said(finished, photos, tiny, tmp_path):
 
 
 def test_probe_leaves_the_module_as_it_was(tiny):
-    from probekit.plugin_files import import_file
+    from probekit.plugins.files import import_file
 
     TinyViT = import_file(Path(tiny.rpartition(":")[0])).TinyViT
 
@@ -372,7 +372,7 @@ def test_heads_and_layers_a_pack_declares_are_checked(photos, tmp_path):
 
 PACKED = """
 from probekit import ModelSpec, hookimpl
-from probekit.plugin_files import import_file
+from probekit.plugins.files import import_file
 from pathlib import Path
 
 PROBEKIT_API = 1

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probekit import shards
 from probekit.errors import StoreError
-from probekit.store import (
+from probekit.store import shards
+from probekit.store.writing import (
     Damaged,
     DamagedShard,
     Missing,

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from probekit import shards
 from probekit.errors import StoreError
-from probekit.store import (
+from probekit.store import shards
+from probekit.store.writing import (
     RunLock,
     read_shard,
     remove_temporaries,
@@ -76,7 +76,7 @@ def mounted(tmp_path):
 
 
 def test_the_store_imports_neither_torch_nor_xarray():
-    code = "import sys, probekit.store; print([m for m in ('torch', 'xarray', 'pandas') if m in sys.modules])"
+    code = "import sys, probekit.store.writing; print([m for m in ('torch', 'xarray', 'pandas') if m in sys.modules])"
     assert finished(python(code)).strip() == "[]"
 
 
@@ -86,7 +86,7 @@ WRITER = """
     import sys
     from pathlib import Path
     import numpy as np
-    from probekit.store import RunLock, Writer, remove_temporaries, shard_name, shard_ok, shard_ranges
+    from probekit.store.writing import RunLock, Writer, remove_temporaries, shard_name, shard_ok, shard_ranges
     folder = Path(sys.argv[1])
     with RunLock(folder), Writer() as writer:
         remove_temporaries(folder)
@@ -166,7 +166,7 @@ def test_a_disk_that_fills_up_while_writing(mounted):
         import os, sys
         from pathlib import Path
         import numpy as np
-        from probekit import shards
+        from probekit.store import shards
         folder = Path(sys.argv[1])
         real = os.statvfs
         class Plenty:
@@ -205,7 +205,7 @@ def test_a_file_size_limit(tmp_path):
         import resource, sys
         from pathlib import Path
         import numpy as np
-        from probekit.store import Writer, StoreError, seal_json
+        from probekit.store.writing import Writer, StoreError, seal_json
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
         for write in (lambda w: w.write_shard(Path(sys.argv[1]) / "x.h5", {"x": np.zeros(100_000)}, {}),
                       lambda w: w.submit(seal_json, Path(sys.argv[1]) / "x.json", "x" * 200_000)):
@@ -227,7 +227,7 @@ def test_two_processes_cannot_write_one_run(tmp_path):
     holder = python(
         """
         import sys, time
-        from probekit.store import RunLock
+        from probekit.store.writing import RunLock
         with RunLock(sys.argv[1]):
             print("held", flush=True)
             time.sleep(60)
@@ -257,7 +257,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     """A data loader's worker may outlive a killed run."""
     code = """
         import os, sys, time
-        from probekit.store import RunLock
+        from probekit.store.writing import RunLock
         with RunLock(sys.argv[1]):
             child = os.fork()
             if not child:

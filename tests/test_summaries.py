@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from probekit.errors import MetricError, UsageError
 from probekit.metric import Metric, Row, Traces
-from probekit.results import read_result, write_result
+from probekit.store.results import read_result, write_result
 from probekit.summaries import (
     bootstrap_interval,
     image_curve,

@@ -14,13 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import probekit.store
+import probekit.store.writing
 from probekit.errors import StoreError
-from probekit.store import Writer
+from probekit.store.writing import Writer
 
 
 def run(code: str) -> str:
-    env = {**os.environ, "PYTHONPATH": str(Path(probekit.store.__file__).parents[1])}
+    env = {**os.environ, "PYTHONPATH": str(Path(probekit.store.writing.__file__).parents[2])}
     command = [sys.executable, "-c", textwrap.dedent(code)]
     return subprocess.run(
         command,
@@ -120,7 +120,7 @@ def test_writer_interrupted_while_it_waits(where):
     """A real SIGINT during a blocked submit, a flush or the exit."""
     code = f"""
         import os, signal, threading, time
-        from probekit.store import Writer
+        from probekit.store.writing import Writer
         done = []
         def slow(index):
             time.sleep(0.3)

@@ -12,7 +12,7 @@ import typer
 from probekit.cli import running, state
 
 if TYPE_CHECKING:
-    from probekit.capture import Summary
+    from probekit.capturing.capture import Summary
 
 
 def register(app: typer.Typer) -> None:
@@ -57,7 +57,7 @@ def capture_command(
       probekit capture simmim:vit-b16@random -d folder:photos -o captures/last --sites all --layers -1
       probekit run --replay captures/moco --metrics nmi
     """
-    from probekit.activations import parse_dtype, parse_layers, parse_sites
+    from probekit.capturing.activations import parse_dtype, parse_layers, parse_sites
     from probekit.grid import make_grid, parse_size, resolve
 
     parse_sites(sites), parse_layers(layers), parse_dtype(dtype)  # before torch is imported
@@ -77,7 +77,7 @@ def capture_command(
     }
     catalog = state.catalog()
     resolved = resolve(make_grid(asked, "the command"), catalog)
-    from probekit.capture import capture
+    from probekit.capturing.capture import capture
 
     with running.shown(as_json, 1) as listen:
         found = capture(
@@ -91,7 +91,7 @@ def capture_command(
 
 
 def _say(found: Summary, dry_run: bool) -> None:
-    from probekit.sealing import human_bytes
+    from probekit.store.sealing import human_bytes
 
     def counted(n: int, noun: str) -> str:
         return f"{n} {noun}{'' if n == 1 else 's'}"

@@ -13,7 +13,7 @@ from probekit.cli.plain import count, interval, number, print_json, print_table,
 if TYPE_CHECKING:
     import xarray as xr
 
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
 
 @dataclass
@@ -63,7 +63,7 @@ def compare(
     """Every comparison asked for. Raises `UsageError` where there is nothing to compare, `StoreError`."""
     from probekit.cli.reading import choose
     from probekit.errors import UsageError
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
     a = Run(folder)
     b = Run(other) if other is not None else a

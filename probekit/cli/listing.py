@@ -18,8 +18,8 @@ from probekit.cli import state
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from probekit.catalog import Catalog, Entry
-    from probekit.plugins import Plugin, Problem
+    from probekit.plugins.catalog import Catalog, Entry
+    from probekit.plugins.loading import Plugin, Problem
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 plugins_app = typer.Typer(no_args_is_help=False)
@@ -52,7 +52,7 @@ def list_command(
     """
     from probekit.errors import UsageError
     from probekit.names import did_you_mean, quoted
-    from probekit.plugins import KINDS
+    from probekit.plugins.loading import KINDS
 
     if kind is not None and kind not in KINDS:
         hint = did_you_mean(kind, list(KINDS)) or f"there are {', '.join(KINDS)}"
@@ -193,7 +193,7 @@ def _offers(plugin: Plugin) -> list[tuple[str, list[Any]]]:
 
 
 def _plugin_json(plugin: Plugin) -> dict[str, Any]:
-    from probekit.plugins import full_name
+    from probekit.plugins.loading import full_name
 
     return {
         "name": plugin.name,
@@ -221,7 +221,7 @@ def new(
       probekit plugins new metric head_rank --dir ~/code
     """
     from probekit.cli.plugin_author import write_package
-    from probekit.plugins import load_built_in
+    from probekit.plugins.loading import load_built_in
 
     taken = [spec.name for spec in load_built_in().specs.get(f"{kind}s", [])]
     root = write_package(kind, name, folder.expanduser(), taken)
@@ -297,7 +297,7 @@ def uninstall(
       probekit plugins uninstall moco
       probekit plugins uninstall moco simmim --yes
     """
-    from probekit.plugins import discover
+    from probekit.plugins.loading import discover
 
     owners = {item.name: item.distribution for item in discover()[0]}  # nothing is imported
     distributions = [owners.get(name) or _requirement(name) for name in names]

@@ -42,7 +42,7 @@ def inspect_command(
     import torch
 
     from probekit.grid import parse_size
-    from probekit.model import load_model
+    from probekit.models.model import load_model
     from probekit.specs import Preprocessing
     from probekit.subject import check_spec
     from probekit.watch import Watcher
@@ -148,7 +148,7 @@ def fetch_command(
       probekit fetch moco:vit-b16 simmim:vit-b16 --json
     """
     from probekit.errors import UsageError
-    from probekit.fetch import fetch
+    from probekit.models.fetch import fetch
 
     catalog = state.catalog()
     found = {}
@@ -199,7 +199,7 @@ def _checks() -> Any:
 
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     yield "devices", ", ".join(gpus) or f"cpu ({torch.get_num_threads()} threads)", True, ""
-    from probekit.fetch import cache_dir
+    from probekit.models.fetch import cache_dir
 
     folder = cache_dir()
     nearest = next(p for p in (folder, *folder.parents) if p.exists())

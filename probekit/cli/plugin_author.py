@@ -15,8 +15,8 @@ from typing import Any
 from probekit.errors import PluginError, UsageError
 from probekit.hookspecs import API
 from probekit.names import did_you_mean, quoted
-from probekit.plugin_files import load_file
-from probekit.plugins import (
+from probekit.plugins.files import load_file
+from probekit.plugins.loading import (
     BUILT_IN,
     KINDS,
     Plugin,

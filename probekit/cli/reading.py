@@ -16,7 +16,7 @@ from probekit.cli.plain import count, interval, number, print_json, print_table,
 
 if TYPE_CHECKING:
     from probekit.reports.charts import Chart, Panel, Point
-    from probekit.runfolder import Cell, Run
+    from probekit.store.runfolder import Cell, Run
 
 Folder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -72,7 +72,7 @@ def status_command(folder: Folder, as_json: Json = False) -> None:
       probekit status runs/2026-11-22-1
       probekit status runs/2026-11-22-1 --json
     """
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
     run = Run(folder)
     cells = list(run.cells())
@@ -126,8 +126,8 @@ def _said(run: Run, cell: Cell) -> str:
 
 def shards(run: Run, cell: Cell) -> tuple[int, int]:
     """How many shards of a cell's trace exist, and how many there will be (0 before it has begun)."""
-    from probekit.cells import TraceFolder
-    from probekit.runfolder import shard_size
+    from probekit.store.cells import TraceFolder
+    from probekit.store.runfolder import shard_size
 
     about = run.about(cell.model, cell.dataset)
     images = len(about.get("ids", ()))
@@ -175,7 +175,7 @@ def show_command(
     """
     from probekit.errors import StoreError, UsageError
     from probekit.reports.curves import charts
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
     if as_csv and as_json:
         raise UsageError("--csv and --json can't both be printed", hint="choose one")
@@ -310,7 +310,7 @@ def report_command(
     """
     from probekit.errors import PluginError, ProbekitError
     from probekit.names import quoted
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
     run = Run(folder)
     catalog = state.catalog()

@@ -15,7 +15,7 @@ from probekit.cli import state
 
 if TYPE_CHECKING:
     from probekit.execution import Event, Forecast
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
 
 def register(app: typer.Typer) -> None:
@@ -72,7 +72,7 @@ def run_command(
     """
     from probekit.errors import UsageError
     from probekit.grid import make_grid, parse_size, read_grid, resolve
-    from probekit.runfolder import choose_folder
+    from probekit.store.runfolder import choose_folder
 
     given = {
         "models": model, "metrics": metrics, "datasets": dataset, "limit": limit, "batch_size": batch_size,
@@ -83,7 +83,7 @@ def run_command(
     given = {key: value for key, value in given.items() if value is not None}
     catalog = state.catalog()
     if replay is not None:
-        from probekit.replay import replay as measure_capture
+        from probekit.capturing.replay import replay as measure_capture
 
         if set(given) - {"metrics"} or grid is not None or dry_run:
             raise UsageError("--replay takes only --metrics and --out: the capture holds everything else")
@@ -202,7 +202,7 @@ def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) ->
     if as_json:
         typer.echo(json.dumps({"folder": str(folder), "cells": [asdict(f) for f in found]}, indent=2))
         return 0
-    from probekit.sealing import human_bytes
+    from probekit.store.sealing import human_bytes
 
     passes = sum(f.remaining > 0 for f in found)
     seconds = sum(f.seconds for f in found)

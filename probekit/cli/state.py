@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from probekit.catalog import Catalog
-    from probekit.plugins import Problem
+    from probekit.plugins.catalog import Catalog
+    from probekit.plugins.loading import Problem
 
 
 @dataclass
@@ -51,7 +51,7 @@ def catalog(announce: bool = True) -> Catalog:
     announce: False for a command that shows the problems itself
     """
     if _state.catalog is None:
-        from probekit.catalog import Catalog
+        from probekit.plugins.catalog import Catalog
 
         on_problem = _announce if announce else None
         _state.catalog = Catalog.load(_state.plugins, not _state.no_plugins, on_problem)

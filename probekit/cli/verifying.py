@@ -22,9 +22,9 @@ def verify_command(
       probekit verify runs/2026-11-22-1
       probekit verify runs/2026-11-22-1 --json
     """
-    from probekit.integrity import Tally, verify
-    from probekit.runfolder import Run
-    from probekit.sealing import human_bytes
+    from probekit.store.integrity import Tally, verify
+    from probekit.store.runfolder import Run
+    from probekit.store.sealing import human_bytes
 
     run = Run(folder)
     tally = Tally(others=1)  # run.json

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import xxhash
 from PIL import Image
 
-from probekit.dataset import BadImage, Dataset, combine, decode, is_shortage, openable, to_rgb
+from probekit.datasets.dataset import BadImage, Dataset, combine, decode, is_shortage, openable, to_rgb
 from probekit.errors import DataError, UsageError
 
 __all__ = ["FolderDataset", "load", "to_rgb"]

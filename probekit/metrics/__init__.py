@@ -1,1 +1,1 @@
-"""The paper's metrics; each is registered in `probekit.builtins`."""
+"""The paper's metrics; each is registered in `probekit.plugins.builtins`."""

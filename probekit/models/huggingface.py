@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probekit.checkpoints import own_state
 from probekit.errors import PluginError, UsageError, WeightsError
-from probekit.fetch import hub, hub_answer
-from probekit.model import Model, WeightsIdentity, settle, state_sha256
+from probekit.models.checkpoints import own_state
+from probekit.models.fetch import hub, hub_answer
+from probekit.models.model import Model, WeightsIdentity, settle, state_sha256
 from probekit.models.timm import check_multiple
 from probekit.specs import Preprocessing
 

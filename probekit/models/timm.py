@@ -21,10 +21,10 @@ from timm.layers import resample_abs_pos_embed
 from timm.models import create_model, get_pretrained_cfg, is_model, list_models
 from torch import Tensor, nn
 
-from probekit.checkpoints import check_heads
 from probekit.errors import PluginError, UsageError, WeightsError
-from probekit.fetch import hub, hub_answer, sha256
-from probekit.model import Model, WeightsIdentity
+from probekit.models.checkpoints import check_heads
+from probekit.models.fetch import hub, hub_answer, sha256
+from probekit.models.model import Model, WeightsIdentity
 from probekit.models.timm_own import OwnWeights, weights_in
 from probekit.specs import Preprocessing
 
@@ -43,7 +43,7 @@ def build(
 
     variant:    a timm name, with or without a tag, ``hf-hub:ORG/NAME`` or ``local-dir:FOLDER``
     weights:    "published" (timm's, the repository's, the folder's), "random", or the path of a
-                checkpoint. There the weights are found by the model's names (`probekit.candidates`), go
+                checkpoint. There the weights are found by the model's names (`candidates`), go
                 through timm's filter for that architecture and must then fit without a key to spare;
                 the classifier takes the file's number of classes, none where the file has no classifier
     image_size: (rows, columns), through timm's ``img_size``

@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from probekit import candidates
-from probekit.candidates import Candidate
-from probekit.checkpoints import Accounting, check_finite
 from probekit.errors import WeightsError
-from probekit.weightfile import load
+from probekit.models import candidates
+from probekit.models.candidates import Candidate
+from probekit.models.checkpoints import Accounting, check_finite
+from probekit.models.weightfile import load
 
 _FILES = ("model.safetensors", "pytorch_model.bin")
 

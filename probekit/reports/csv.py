@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 from probekit.reports.charts import clean
 from probekit.reports.curves import values_of
-from probekit.sealing import write_bytes
+from probekit.store.sealing import write_bytes
 
 if TYPE_CHECKING:
     import xarray as xr
 
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
 COLUMNS = (
     *("model", "dataset", "metric", "version", "kind", "value", "units"),

@@ -15,7 +15,7 @@ from probekit.reports.charts import Baseline, Chart, Curve, Panel, Point, clean,
 if TYPE_CHECKING:
     import xarray as xr
 
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
 
 @dataclass(frozen=True)

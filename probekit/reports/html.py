@@ -15,10 +15,10 @@ from probekit.reports.curves import Trouble, charts
 from probekit.reports.figures import NARROW, WIDE, baseline_name, has_labels, lines_of, panel_svg
 from probekit.reports.looks import Style, legend_name, styles
 from probekit.reports.provenance import bad_images, command, facts, plain, provenance, summary
-from probekit.sealing import write_bytes
+from probekit.store.sealing import write_bytes
 
 if TYPE_CHECKING:
-    from probekit.runfolder import Cell, Run
+    from probekit.store.runfolder import Cell, Run
 
 _GROUPS = {
     "failed": "Failed",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from probekit.errors import StoreError
 
 if TYPE_CHECKING:
-    from probekit.runfolder import Run
+    from probekit.store.runfolder import Run
 
 _MOST = 200  # unreadable images listed by name
 

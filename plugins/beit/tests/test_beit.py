@@ -10,9 +10,9 @@ import pytest
 import torch
 from probekit_beit.plugin import probekit_models
 
-from probekit.checkpoints import adopt
 from probekit.errors import UsageError, WeightsError
-from probekit.model import load_model
+from probekit.models.checkpoints import adopt
+from probekit.models.model import load_model
 from probekit.names import parse_model
 from probekit.watch import Visitor, Watcher
 

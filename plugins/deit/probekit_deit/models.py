@@ -7,8 +7,8 @@ from pathlib import Path
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 
-from probekit.model import Model, WeightsIdentity, settle, state_sha256
 from probekit.models import timm
+from probekit.models.model import Model, WeightsIdentity, settle, state_sha256
 
 SHAPES = {"ti": (192, 3, 12), "s": (384, 6, 12), "b": (768, 12, 12), "l": (1024, 16, 24)}
 """Width, heads, layers."""

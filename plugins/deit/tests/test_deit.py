@@ -13,7 +13,7 @@ from probekit_deit.plugin import probekit_models
 from safetensors.torch import save_file
 
 from probekit.errors import UsageError, WeightsError
-from probekit.model import load_model
+from probekit.models.model import load_model
 from probekit.names import parse_model
 from probekit.watch import Visitor, Watcher
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from probekit_dino.plugin import probekit_models
 
 from probekit.errors import UsageError, WeightsError
-from probekit.model import load_model
+from probekit.models.model import load_model
 from probekit.names import parse_model, read_options
 from probekit.watch import Visitor, Watcher
 

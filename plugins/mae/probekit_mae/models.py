@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from probekit import Declared, Model
 from probekit.errors import UsageError, WeightsError
+from probekit.models.sincos import sincos_positions
 from probekit.models.timm import check_multiple, fit_grid
-from probekit.sincos import sincos_positions
 from probekit_mae.network import LAYER_NORM, MaskedAutoencoder, Shape
 
 SHAPES = {

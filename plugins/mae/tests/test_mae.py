@@ -12,12 +12,12 @@ from probekit_mae.models import build, build_full
 from probekit_mae.plugin import probekit_models
 from safetensors.torch import save_file
 
-from probekit.checkpoints import landing
 from probekit.errors import DoesNotApply, UsageError, WeightsError
 from probekit.metrics.attention_distance import AttentionDistance
 from probekit.metrics.fourier import Fourier
-from probekit.model import load_model
-from probekit.sincos import sincos_positions
+from probekit.models.checkpoints import landing
+from probekit.models.model import load_model
+from probekit.models.sincos import sincos_positions
 from probekit.watch import Visitor, Watcher
 
 NEEDS = frozenset({"tokens_in", "tokens_mid", "tokens_out", "attention_full"})

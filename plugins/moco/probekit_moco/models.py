@@ -10,8 +10,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from probekit.models.sincos import sincos_positions
 from probekit.models.timm import check_multiple
-from probekit.sincos import sincos_positions
 
 _PATCH = 16
 

@@ -12,9 +12,9 @@ from probekit_moco.models import build
 from probekit_moco.plugin import probekit_models
 from safetensors.torch import save_file
 
-from probekit.checkpoints import landing
 from probekit.errors import UsageError, WeightsError
-from probekit.model import load_model
+from probekit.models.checkpoints import landing
+from probekit.models.model import load_model
 from probekit.watch import Visitor, Watcher
 
 

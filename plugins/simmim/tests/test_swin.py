@@ -13,9 +13,9 @@ import torch
 from probekit_simmim.models import build, build_swin, fit
 from probekit_simmim.plugin import probekit_models
 
-from probekit.checkpoints import landing
 from probekit.errors import UsageError, WeightsError
-from probekit.model import load_model
+from probekit.models.checkpoints import landing
+from probekit.models.model import load_model
 from probekit.names import parse_model, read_options
 from probekit.watch import Visitor, Watcher
 

@@ -11,7 +11,7 @@ import torch
 from probekit_swin.plugin import probekit_models
 
 from probekit.errors import UsageError, WeightsError
-from probekit.model import load_model
+from probekit.models.model import load_model
 from probekit.names import parse_model, read_options
 from probekit.watch import Visitor, Watcher
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from probekit.positions import Where, collapse
+from probekit.watch.positions import Where, collapse
 
 _ADDED_TO = frozenset({"baddbmm", "addmm"})
 CONTRACT = frozenset({"matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "einsum", "linear"}) | _ADDED_TO

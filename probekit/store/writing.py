@@ -1,4 +1,4 @@
-"""The run folder on disk: one writer thread, one process per run; with `probekit.sealing` and `.shards`.
+"""The run folder on disk: one writer thread, one process per run; see also `.sealing` and `.shards`.
 
 What exists is the state: every file is complete or absent, so the same command again does what is missing.
 
@@ -23,7 +23,7 @@ import filelock
 import numpy as np
 
 from probekit.errors import StoreError
-from probekit.sealing import (
+from probekit.store.sealing import (
     Damaged,
     Missing,
     NewerFormat,
@@ -33,7 +33,7 @@ from probekit.sealing import (
     sealed,
     write_bytes,
 )
-from probekit.shards import (
+from probekit.store.shards import (
     DamagedShard,
     Shard,
     map_dataset,
@@ -105,7 +105,7 @@ class Writer:
         *,
         bfloat16: Collection[str] = (),
     ) -> None:
-        """Queue `probekit.shards.write_shard`."""
+        """Queue `probekit.store.shards.write_shard`."""
         self.submit(write_shard, path, dict(arrays), dict(attrs), bfloat16=bfloat16)
 
     def flush(self) -> None:

@@ -1,7 +1,7 @@
 """Finding and loading plugins, each contained: a broken one becomes a `Problem`, never a crash.
 
 Every plugin is imported alone and every hook called alone, through a pluggy manager of its own, so a
-failure costs exactly the names that hook would have offered. Lookups are in `probekit.catalog`.
+failure costs exactly the names that hook would have offered. Lookups are in `probekit.plugins.catalog`.
 
 Environment: ``PROBEKIT_PLUGINS=a,b`` loads only those installed plugins; ``PROBEKIT_TRACE=1`` prints
 each import and hook call with its milliseconds.
@@ -204,8 +204,8 @@ def load_built_in() -> Plugin:
         version = metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         version = "unknown"
-    plugin = Plugin(BUILT_IN, version, "probekit.builtins", DISTRIBUTION)
-    load(plugin, lambda: importlib.import_module("probekit.builtins"))
+    plugin = Plugin(BUILT_IN, version, "probekit.plugins.builtins", DISTRIBUTION)
+    load(plugin, lambda: importlib.import_module("probekit.plugins.builtins"))
     return plugin
 
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from probekit.anatomy import LayerInfo, Role, WindowGroup
 from probekit.errors import WatchError
-from probekit.geometry import TokenLayout, first_image, grid_of, raster, window_groups
-from probekit.record import Add, Call, Record
+from probekit.watch.geometry import TokenLayout, first_image, grid_of, raster, window_groups
+from probekit.watch.record import Add, Call, Record
 
 
 @dataclass(frozen=True)

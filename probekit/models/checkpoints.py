@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from probekit.errors import PluginError, WeightsError
-from probekit.sincos import sincos_positions
+from probekit.models.sincos import sincos_positions
+from probekit.models.weightfile import load
 from probekit.specs import Layout
-from probekit.weightfile import load
 
 
 @dataclass(frozen=True)

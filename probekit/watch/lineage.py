@@ -11,12 +11,12 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from probekit import positions
-from probekit.attention_calls import bind_mha, fused_arguments, mha_arguments
-from probekit.contraction import CONTRACT, Contraction, contraction, through_contraction
-from probekit.geometry import Lead, first_image, lead_layout, varies
-from probekit.positions import Where, nowhere, tensors_in
-from probekit.record import Add, Call, Node, Record, ScoreProduct
+from probekit.watch import positions
+from probekit.watch.attention_calls import bind_mha, fused_arguments, mha_arguments
+from probekit.watch.contraction import CONTRACT, Contraction, contraction, through_contraction
+from probekit.watch.geometry import Lead, first_image, lead_layout, varies
+from probekit.watch.positions import Where, nowhere, tensors_in
+from probekit.watch.record import Add, Call, Node, Record, ScoreProduct
 
 KINDS = {
     "scaled_dot_product_attention": "fused",

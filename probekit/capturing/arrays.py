@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.activations import SITES, CapturedLayer, groups, token_source
+from probekit.capturing.activations import SITES, CapturedLayer, groups, token_source
 from probekit.engine import DTYPES, within_memory
 from probekit.errors import WatchError
 from probekit.layer import Layer, Scores

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import WeightsError
-from probekit.fetch import looks_like_html
+from probekit.models.fetch import looks_like_html
 
 _CHUNK = 1 << 22
 

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.activations import (
+from probekit.anatomy import Anatomy
+from probekit.capturing.activations import (
     SITES,
     CapturedLayer,
     CaptureFolder,
@@ -27,21 +28,20 @@ from probekit.activations import (
     ranges,
     token_source,
 )
-from probekit.anatomy import Anatomy
-from probekit.catalog import Catalog, Entry
-from probekit.cells import CellFolder, identity_hash
+from probekit.datasets.images import Bad, Batch
 from probekit.engine import pick_device
 from probekit.errors import StoreError, UsageError
 from probekit.events import Listener, nobody
 from probekit.execution import make_metric, run_cell
 from probekit.grid import Resolved, make_grid
-from probekit.images import Bad, Batch
 from probekit.layer import Layer, Scores
 from probekit.metric import Metric, Row
 from probekit.names import parse_dataset, parse_model
-from probekit.runfolder import Run, create_run
-from probekit.shards import map_shard
-from probekit.store import RunLock, read_shard, shard_problem
+from probekit.plugins.catalog import Catalog, Entry
+from probekit.store.cells import CellFolder, identity_hash
+from probekit.store.runfolder import Run, create_run
+from probekit.store.shards import map_shard
+from probekit.store.writing import RunLock, read_shard, shard_problem
 from probekit.subject import LACKING, device_name, versions
 from probekit.watch import Visitor
 
@@ -221,7 +221,7 @@ class Captured:
         return self, torch.from_numpy(held[:2])
 
     def batches(self, chosen: Sequence[int], batch_size: int, workers: int = 0) -> Iterator[Batch]:
-        """As `probekit.images.batches` cuts them, unreadable images counted in; `pixels` are numbers."""
+        """As `probekit.datasets.images.batches` cuts them, unreadable ones counted in; `pixels` are numbers."""
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
             kept = [i for i in part if i not in self.bad]

@@ -2,8 +2,9 @@
 
     capture(resolved, catalog, Path("captures/moco"), sites="attention,tokens_out", layers="0,-1")
 
-What is written and where: `probekit.activations`. The same call again writes what is missing or damaged, the
-same bytes as an undisturbed one. The forward waits for the disk only when the disk is the bottleneck.
+What is written and where: `probekit.capturing.activations`. The same call again writes what is missing or
+damaged, the same bytes as an undisturbed one. The forward waits for the disk only when the disk is the
+bottleneck.
 """
 
 from __future__ import annotations
@@ -20,8 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.activation_arrays import Probe, ShardArrays
-from probekit.activations import (
+from probekit.capturing.activations import (
     SITES,
     CapturedLayer,
     CaptureFolder,
@@ -31,16 +31,17 @@ from probekit.activations import (
     parse_layers,
     parse_sites,
 )
-from probekit.catalog import Catalog
-from probekit.cells import identity_hash, require_same
+from probekit.capturing.arrays import Probe, ShardArrays
+from probekit.datasets.images import Batch
 from probekit.engine import DTYPES, numerics, pick_device
 from probekit.errors import StoreError, UsageError
 from probekit.events import Event, Listener, nobody
 from probekit.grid import Resolved
-from probekit.images import Batch
-from probekit.runfolder import shard_size
-from probekit.sealing import human_bytes
-from probekit.store import (
+from probekit.plugins.catalog import Catalog
+from probekit.store.cells import identity_hash, require_same
+from probekit.store.runfolder import shard_size
+from probekit.store.sealing import human_bytes
+from probekit.store.writing import (
     RunLock,
     Writer,
     read_shard,
@@ -100,8 +101,8 @@ def capture(
     """Run a model and write its activations to the folder `out`, or what is missing of them.
 
     resolved: one model and one dataset; `Grid.dtype` is the forward's
-    sites:    some of `probekit.activations.SITES`; ``attention`` is q, k, scale and bias, or probabilities
-              where the model computes its softmax by hand
+    sites:    some of `probekit.capturing.activations.SITES`; ``attention`` is q, k, scale and bias, or
+              probabilities where the model computes its softmax by hand
     layers:   see `parse_layers`
     dtype:    float16, bfloat16 or float32, as stored. Where values overflow it, a dataset of a shard becomes
               float32, with a warning; what the shard held before the overflow stays rounded

@@ -21,7 +21,7 @@ import numpy as np
 import xxhash
 
 from probekit.errors import StoreError
-from probekit.sealing import Damaged, DiskFile, Missing, canonical_json, check_version, sealed
+from probekit.store.sealing import Damaged, DiskFile, Missing, canonical_json, check_version, sealed
 
 FORMAT = "probekit-shard"
 FORMAT_VERSION = 1

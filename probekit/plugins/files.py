@@ -15,7 +15,7 @@ from typing import Any
 
 from probekit.errors import PluginError, UsageError
 from probekit.names import quoted
-from probekit.plugins import BUILT_IN, Plugin, contained, describe, load
+from probekit.plugins.loading import BUILT_IN, Plugin, contained, describe, load
 from probekit.specs import MetricSpec, Option
 
 

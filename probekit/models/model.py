@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probekit.checkpoints import Accounting, adopt, choose, landing
 from probekit.errors import PluginError, ProbekitError, UsageError, WeightsError
-from probekit.fetch import Progress, fetch_checked, sha256
+from probekit.models.checkpoints import Accounting, adopt, choose, landing
+from probekit.models.fetch import Progress, fetch_checked, sha256
+from probekit.models.weightfile import load
 from probekit.specs import ModelSpec, Preprocessing, Weights
-from probekit.weightfile import load
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def load_model(
 
     ref:        ``NAME[:VARIANT][:key=value]...[@WEIGHTS]`` as text or `ModelRef`, or a callable of the
                 user's own, ``pkg.module:callable`` or ``./file.py:callable``, that returns a module
-    catalog:    a `probekit.catalog.Catalog`
+    catalog:    a `probekit.plugins.catalog.Catalog`
     seed:       of everything a builder draws, ``@random`` weights above all; the caller's generator
                 is left as it was
     image_size: (rows, columns) of the input, for a model built at another size than its own

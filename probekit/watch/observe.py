@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from probekit.attention_calls import bind_mha, fused_arguments, mha_arguments, mha_output
-from probekit.contraction import Contraction, contraction
 from probekit.errors import DoesNotApply, MetricError, WatchError
-from probekit.geometry import Lead
 from probekit.layer import Layer, Scores
-from probekit.lineage import KINDS
 from probekit.metric import Row
-from probekit.plan import LayerPlan, Plan, Tap
-from probekit.record import Call
+from probekit.watch.attention_calls import bind_mha, fused_arguments, mha_arguments, mha_output
+from probekit.watch.contraction import Contraction, contraction
+from probekit.watch.geometry import Lead
+from probekit.watch.lineage import KINDS
+from probekit.watch.plan import LayerPlan, Plan, Tap
+from probekit.watch.record import Call
 
 CAPTURES: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(

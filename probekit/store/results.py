@@ -21,7 +21,7 @@ import xarray as xr
 import xxhash
 
 from probekit.errors import StoreError
-from probekit.sealing import Damaged, Missing, NewerFormat, canonical_json, check_version, write_bytes
+from probekit.store.sealing import Damaged, Missing, NewerFormat, canonical_json, check_version, write_bytes
 
 FORMAT_VERSION = 1
 

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probekit.cells import FORMAT_VERSION, CellFolder, Outcome, TraceFolder
 from probekit.errors import StoreError, UsageError
 from probekit.names import did_you_mean
-from probekit.shards import canonical_json
-from probekit.store import read_json, seal_json
+from probekit.store.cells import FORMAT_VERSION, CellFolder, Outcome, TraceFolder
+from probekit.store.shards import canonical_json
+from probekit.store.writing import read_json, seal_json
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -78,7 +78,7 @@ class Run:
 
     def result(self, metric: str, *, model: str | None = None, dataset: str | None = None) -> xr.Dataset:
         """One cell's result. `model` and `dataset` may be left out where the run has only one."""
-        from probekit.results import read_result
+        from probekit.store.results import read_result
 
         metric = _one("metric", metric, self.metrics)
         model, dataset = _one("model", model, self.models), _one("dataset", dataset, self.datasets)

@@ -21,8 +21,8 @@ import numpy as np
 from probekit.errors import StoreError
 from probekit.metric import Row, Traces
 from probekit.names import slug
-from probekit.shards import canonical_json, shard_problem
-from probekit.store import read_json, read_shard, seal_json, shard_name, shard_ranges
+from probekit.store.shards import canonical_json, shard_problem
+from probekit.store.writing import read_json, read_shard, seal_json, shard_name, shard_ranges
 
 FORMAT_VERSION = 1
 SPLIT = "all"

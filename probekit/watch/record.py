@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.contraction import Contraction
-from probekit.geometry import Lead, TokenLayout, token_layout
-from probekit.positions import Where
+from probekit.watch.contraction import Contraction
+from probekit.watch.geometry import Lead, TokenLayout, token_layout
+from probekit.watch.positions import Where
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Everything that can be chosen by name: lookups over the specs that `probekit.plugins` loads.
+"""Everything that can be chosen by name: lookups over the specs that `probekit.plugins.loading` loads.
 
 Built-ins are looked up first, so a name of ours costs no import of anybody's plugin and keeps its
 meaning whatever is installed; a plugin's entry of the same name stays reachable as ``pack/name``. Two
@@ -15,10 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from probekit import plugin_files as files
-from probekit import plugins as loading
 from probekit.errors import UsageError
-from probekit.lookup_errors import choose_variant, require_one_pack, unknown
 from probekit.names import (
     DatasetRef,
     MetricRef,
@@ -35,7 +32,10 @@ from probekit.names import (
     read_options,
     split,
 )
-from probekit.plugins import BUILT_IN, KINDS, Plugin, Problem, Report
+from probekit.plugins import files as files
+from probekit.plugins import loading as loading
+from probekit.plugins.loading import BUILT_IN, KINDS, Plugin, Problem, Report
+from probekit.plugins.lookup_errors import choose_variant, require_one_pack, unknown
 from probekit.specs import ModelSpec
 
 Ref = ModelRef | MetricRef | DatasetRef
@@ -152,7 +152,7 @@ class Catalog:
     # --- listings
 
     def entries(self, kind: str) -> list[Entry]:
-        """All entries of a kind (`probekit.plugins.KINDS`), built-ins first."""
+        """All entries of a kind (`probekit.plugins.loading.KINDS`), built-ins first."""
         self._load_others()
         return list(self._loaded(kind))
 

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from probekit.errors import PluginError, ProbekitError, UsageError
 from probekit.names import ModelRef, did_you_mean, quoted
-from probekit.plugins import BUILT_IN
+from probekit.plugins.loading import BUILT_IN
 
 if TYPE_CHECKING:
-    from probekit.catalog import Catalog, Entry
+    from probekit.plugins.catalog import Catalog, Entry
 
 OFFICIAL = ("moco", "simmim", "mae", "swin", "pit", "dino", "beit", "deit", "train")
 """Packs of this project, each installed as ``vit-probekit-NAME``."""

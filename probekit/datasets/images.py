@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from probekit.dataset import UNREADABLE, BadImage, Dataset, decode_failure, is_shortage, to_rgb
+from probekit.datasets.dataset import UNREADABLE, BadImage, Dataset, decode_failure, is_shortage, to_rgb
 from probekit.errors import DataError, PluginError, ProbekitError, UsageError
 from probekit.specs import Preprocessing
 

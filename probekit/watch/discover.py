@@ -1,8 +1,8 @@
 """The plan pass: one forward of two images, in which a model shows where its attention is.
 
 A `TorchFunctionMode` sees every torch call. Each result that descends from the image gets a node (who are
-its ancestors), and a `Where` (probekit.positions: which token each element belongs to). From these follow,
-with no knowledge of any architecture:
+its ancestors), and a `Where` (`probekit.watch.positions`: which token each element belongs to). From these
+follow, with no knowledge of any architecture:
 
 - attention: a fused call, or a product whose one factor is a row-stochastic map of token-to-token scores,
   however its softmax was spelled;
@@ -10,7 +10,7 @@ with no knowledge of any architecture:
   is an ancestor of its queries; and after that, in the same way, tokens after the MLP;
 - windows, shifts, prefix tokens, strides, pooled keys: from the positions of queries and keys.
 
-The run (probekit.observe) then goes by the ordinal of each call and asserts that shapes are as planned.
+The run (probekit.watch.observe) then goes by the ordinal of each call and asserts that shapes are as planned.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probekit.lineage import Discovery
-from probekit.record import Record
+from probekit.watch.lineage import Discovery
+from probekit.watch.record import Record
 
 _ATTENTION = re.compile(r"att(entio)?n", re.IGNORECASE)
 _PARTS = (nn.Dropout, nn.Identity, nn.Linear, nn.LayerNorm, nn.Softmax)

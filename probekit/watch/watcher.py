@@ -4,9 +4,9 @@
     watcher.anatomy
     watcher.run(images, [Visitor(frozenset({"attention"}), on_layer)])
 
-The plan comes from one discovery pass (probekit.discover). A run counts the calls that matter, asserts that
-they look as planned, captures inside the call and frees what nobody asks for any more. No hook is left
-behind, nothing is patched, outputs are bit-identical.
+The plan comes from one discovery pass (`probekit.watch.discover`). A run counts the calls that matter,
+asserts that they look as planned, captures inside the call and frees what nobody asks for any more. No hook
+is left behind, nothing is patched, outputs are bit-identical.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from probekit.anatomy import Anatomy
-from probekit.discover import discover, tensors_of
 from probekit.errors import WatchError
 from probekit.metric import Row
-from probekit.observe import CAPTURES, Observation, Visitor, layer_row, layer_sites
-from probekit.plan import Plan, make_plan
-from probekit.record import Record
+from probekit.watch.discover import discover, tensors_of
+from probekit.watch.observe import CAPTURES, Observation, Visitor, layer_row, layer_sites
+from probekit.watch.plan import Plan, make_plan
+from probekit.watch.record import Record
 
 __all__ = ["CAPTURES", "Visitor", "Watcher", "unwrap"]
 

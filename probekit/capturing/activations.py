@@ -28,8 +28,8 @@ from typing import Any
 from probekit.errors import StoreError, UsageError
 from probekit.metric import Row
 from probekit.names import did_you_mean
-from probekit.shards import shard_name, shard_ranges
-from probekit.store import read_json, seal_json
+from probekit.store.shards import shard_name, shard_ranges
+from probekit.store.writing import read_json, seal_json
 
 FORMAT = "probekit-capture"
 FORMAT_VERSION = 1

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from probekit.cells import FORMAT_VERSION, TraceFolder, identity_hash
 from probekit.errors import StoreError
-from probekit.results import read_result, verify_result
-from probekit.runfolder import Run, shard_size
-from probekit.sealing import Damaged, read_json
-from probekit.shards import shard_problem
+from probekit.store.cells import FORMAT_VERSION, TraceFolder, identity_hash
+from probekit.store.results import read_result, verify_result
+from probekit.store.runfolder import Run, shard_size
+from probekit.store.sealing import Damaged, read_json
+from probekit.store.shards import shard_problem
 
 _AGAIN = "run the command that made the run again: it measures what is damaged or missing"
 _RESULT = "delete it and run the same command again: results are made from the traces"

@@ -1,0 +1,1 @@
+"""Raw activations: captured once, measured as often as wanted."""
