@@ -91,10 +91,9 @@ class Layer:
 
     @property
     def positions(self) -> Tensor:
-        """Centres (row, column) in pixels: (N, 2); (G, N, 2) on a folded layer."""
-        if self.group is None:
-            return torch.from_numpy(self.info.positions)
-        return torch.from_numpy(self.info.positions[self.group.tokens])
+        """Centres (row, column) in pixels, float32: (N, 2); (G, N, 2) on a folded layer."""
+        places = self.info.positions if self.group is None else self.info.positions[self.group.tokens]
+        return torch.from_numpy(places).float().to(self._device)
 
     @cached_property
     def distances(self) -> Tensor:

@@ -19,7 +19,6 @@ import pytest
 import torch
 import typer
 from PIL import Image
-from probekit.execution import execute
 
 from probekit.capturing import activations
 from probekit.capturing import capture as capturing
@@ -27,6 +26,7 @@ from probekit.capturing.activations import CaptureFolder, choose_layers, groups,
 from probekit.capturing.capture import capture
 from probekit.capturing.replay import Captured, replay
 from probekit.errors import StoreError, UsageError, WatchError
+from probekit.execution import execute
 from probekit.grid import make_grid, resolve
 from probekit.plugins.catalog import Catalog
 from probekit.store.writing import RunLock, read_shard

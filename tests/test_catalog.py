@@ -13,6 +13,7 @@ import pytest
 
 import probekit.plugins.builtins
 from probekit.errors import PluginError, UsageError
+from probekit.plugins import loading
 from probekit.plugins.catalog import Catalog
 from probekit.plugins.loading import KINDS, Problem
 from probekit.plugins.lookup_errors import OFFICIAL
@@ -46,6 +47,12 @@ def site(tmp_path, monkeypatch):
     root.mkdir()
     monkeypatch.syspath_prepend(str(root))
     monkeypatch.delenv("PROBEKIT_PLUGINS", raising=False)
+    installed = loading.metadata.distributions  # packs of this environment would be offered too
+    monkeypatch.setattr(
+        loading.metadata,
+        "distributions",
+        lambda: [d for d in installed() if str(d.locate_file("")).startswith(str(tmp_path))],
+    )
     before = set(sys.modules)
 
     def install(
@@ -83,7 +90,10 @@ def test_built_ins_load_without_a_problem():
     assert catalog.problems == []
     assert [e.name for e in catalog.metrics] == ["attention_distance", "nmi", "fourier"]
     assert {e.name for e in catalog.models} == {"timm", "hf"}
-    assert [e.name for e in catalog.datasets] == ["folder"] and [e.name for e in catalog.reports] == ["html"]
+    assert [e.name for e in catalog.datasets] == ["folder"] and [e.name for e in catalog.reports] == [
+        "html",
+        "csv",
+    ]
     assert {e.pack for kind in KINDS for e in catalog.entries(kind)} == {"probekit"}
     assert [e.spec.figure for e in catalog.metrics] == ["Fig. 3", "Fig. 4", "Fig. 9"]
     assert all(

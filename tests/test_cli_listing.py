@@ -89,7 +89,7 @@ def test_list_shows_the_built_ins():
         "models (2)",
         "metrics (3)",
         "datasets (1)",
-        "reports (1)",
+        "reports (2)",
         "folder:PATH",
         "timm:NAME",
         "Fig. 3",

@@ -12,9 +12,10 @@ import click
 import pytest
 import typer
 
-from probekit import api, builtins, hookspecs, specs
+from probekit import api, hookspecs, specs
 from probekit.cli.app import app
 from probekit.layer import Layer
+from probekit.plugins import builtins
 from probekit.plugins.loading import HOOKS
 from probekit.watch.watcher import CAPTURES
 

@@ -197,3 +197,23 @@ def test_options():
     assert AttentionDistance().options == {"compat": "", "renormalise": True}
     with pytest.raises(UsageError, match="'cl-vs-mim', not 'cl_vs_mim'"):
         AttentionDistance(compat="cl_vs_mim")
+
+
+def test_the_published_codes_1e_32_where_the_prefix_takes_everything():
+    """Queries that leave patches 1e-31 in all: what the notebook adds then draws them towards uniform."""
+    random = np.random.default_rng(0)
+    full = np.zeros((1, 2, 50, 50), dtype=np.float32)
+    full[..., 0] = 1
+    full[..., 1:] = random.gamma(0.3, 4e-33, (1, 2, 50, 49))
+    d = distances(7, 7, 16)
+    got = AttentionDistance(compat="cl-vs-mim").measure(layer_of(torch.from_numpy(full), d, prefix=1))
+    a = full[:, :, 1:, 1:].astype(np.float64) + 1e-32
+    expected = ((a / a.sum(-1, keepdims=True)) * np.asarray(d).reshape(49, 49)).sum(-1).mean(-1)
+    np.testing.assert_allclose(got["attention_distance"], expected, rtol=1e-5)
+    plain = AttentionDistance().measure(layer_of(torch.from_numpy(full), d, prefix=1))["attention_distance"]
+    assert float((plain - got["attention_distance"]).abs().max()) > 0.5
+
+
+def test_compat_renormalises():
+    with pytest.raises(UsageError, match="renormalise=False"):
+        AttentionDistance(compat="cl-vs-mim", renormalise=False)

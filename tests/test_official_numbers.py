@@ -144,7 +144,8 @@ def dino(variant, images, path, monkeypatch):
 
 def pit(variant, images, path, monkeypatch):
     its = pack("pit", "test_pit.py")
-    state = telling(its.weights(5, variant), 2.5)
+    # Not sharper: float32 scores of twelve layers then differ by more than the tolerance.
+    state = telling(its.weights(7, variant), 2)
     torch.save(state, path)
     maps = its.reference(state, images, variant)[1]
     sites = of_stages(

@@ -36,6 +36,14 @@ MODELS: dict[str, tuple[str, str, dict[str, Any], int]] = {
         SMALL | SIZE | {"num_register_tokens": 4},
         5,
     ),
+    "dinov3": ("DINOv3ViTModel", "DINOv3ViTConfig", SMALL | SIZE | {"num_register_tokens": 4}, 5),
+    "i-jepa": ("IJepaModel", "IJepaConfig", SMALL | SIZE, 0),
+    "data2vec": (
+        "Data2VecVisionModel",
+        "Data2VecVisionConfig",
+        SMALL | SIZE | {"use_relative_position_bias": True},
+        1,
+    ),
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", SMALL | SIZE, 1),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", SMALL | SIZE, 0),
 }

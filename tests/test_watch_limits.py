@@ -361,6 +361,14 @@ def test_hidden_attention_is_refused_and_named(core: Callable[..., Tensor], text
     assert refusal.value.message[0].islower() or refusal.value.message[0] == "'"
 
 
+def test_a_softmax_that_nothing_uses_is_no_obstacle() -> None:
+    def wasteful(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        _ = (q @ k.mT).softmax(-1)
+        return F.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+    assert {i.kind for i in Watcher(TinyViT(wasteful), IMAGES).anatomy.layers} == {"fused"}
+
+
 def test_one_hidden_layer_can_be_left_out() -> None:
     model = TinyViT()
     model.blocks[0].attn.attend = hidden_attention

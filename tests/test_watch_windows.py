@@ -148,6 +148,24 @@ def test_swin_padded_to_whole_windows() -> None:
     assert all(torch.allclose(s, torch.ones_like(s), atol=1e-5) for s in sums)
 
 
+def test_windows_larger_than_the_grid() -> None:
+    torch.manual_seed(0)
+    model = timm.create_model("hieradet_small", num_classes=8).eval()
+    images = torch.randn(2, 3, 64, 64)
+    watcher = Watcher(model, images)
+    grids = [i.grid for i in watcher.anatomy.layers]
+    assert grids == [(16, 16)] + [(8, 8)] * 2 + [(4, 4)] * 11 + [(2, 2)] * 2
+    assert all(i.role in ("tokens", "pooled keys") for i in watcher.anatomy.layers)
+    pooled = watcher.anatomy.layers[14]  # asks with pooled queries, of windows that are mostly padding
+    assert (pooled.role, pooled.tokens, pooled.padded) == ("pooled keys", 4, 16 * 16 - 4 * 4)
+    shapes = []
+    watcher.run(
+        images,
+        [Visitor(frozenset({"attention"}), lambda layer: shapes.append(layer.windows()[0].attention.shape))],
+    )
+    assert shapes[14][2:] == (4, 16)
+
+
 def test_swin_merges_an_odd_grid() -> None:
     watcher = Watcher(small_swin(120, (1, 1, 1)), torch.randn(2, 3, 120, 120))
     assert [(i.grid, i.stride) for i in watcher.anatomy.layers] == [

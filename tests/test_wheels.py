@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -47,11 +48,12 @@ def wheels(tmp_path_factory) -> dict[str, Path]:
 
 
 def _copy(source: Path, target: Path) -> None:
-    import shutil
+    never = shutil.ignore_patterns(".git", ".venv", "build", "*.egg-info", "__pycache__", "runs")
 
-    skip = shutil.ignore_patterns(
-        ".git", ".venv", "build", "*.egg-info", "__pycache__", "plugins", "runs", "tests"
-    )
+    def skip(folder: str, names: list[str]) -> set[str]:
+        top = {"plugins", "tests"} if Path(folder) == source else set()
+        return {*never(folder, names), *(top & set(names))}
+
     shutil.copytree(source, target, ignore=skip)
 
 

@@ -221,7 +221,7 @@ class Captured:
         return self, torch.from_numpy(held[:2])
 
     def batches(self, chosen: Sequence[int], batch_size: int, workers: int = 0) -> Iterator[Batch]:
-        """As `probekit.datasets.images.batches` cuts them, unreadable ones counted in; `pixels` are numbers."""
+        """As `probekit.datasets.images` cuts them, unreadable ones counted in; `pixels` are numbers."""
         for start in range(0, len(chosen), batch_size):
             part = chosen[start : start + batch_size]
             kept = [i for i in part if i not in self.bad]

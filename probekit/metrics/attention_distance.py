@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
+from probekit.attention import renormalise as normalised
+from probekit.errors import UsageError
 from probekit.metric import Metric
 from probekit.metrics.compat import official
 
@@ -22,7 +24,8 @@ class AttentionDistance(Metric):
        the share of attention it gives to prefix tokens.
     D: Euclidean distance between token centres; in windowed attention between their true places.
 
-    The published code agrees: what it adds to the attention (1e-32) vanishes in float32.
+    The published code (``compat=cl-vs-mim``) adds 1e-32 to the patches' attention before it makes rows sum to
+    1: that shows only where a query leaves all patches together less than about 1e-27.
     """
 
     name = "attention_distance"
@@ -33,9 +36,13 @@ class AttentionDistance(Metric):
 
     def __init__(self, compat: str = "", renormalise: bool = True):
         super().__init__(compat=compat, renormalise=renormalise)
-        official(compat)
+        self.eps = 1e-32 if official(compat) else 0.0
+        if self.eps and not renormalise:
+            raise UsageError(
+                f"renormalise=False is not what '{compat}' does", hint="drop one of the two options"
+            )
         self.renormalise = renormalise
-        self.needs = frozenset({"attention_stats" if renormalise else "attention_full"})
+        self.needs = frozenset({"attention_stats" if renormalise and not self.eps else "attention_full"})
         self.conventions = {
             "definition": "Park et al. 2023, Fig. 3"
             if renormalise
@@ -43,7 +50,7 @@ class AttentionDistance(Metric):
             "prefix": "dropped from queries and keys",
             "renormalised": renormalise,
             "averaging": "keys, then queries; per image and head",
-            "eps": 0.0,
+            "eps": self.eps,
             "distance": "Euclidean, token centres, pixels of the network's input",
             "reading": (
                 "Near the dotted line a head looks everywhere alike; far below it, at its neighbourhood."
@@ -56,9 +63,11 @@ class AttentionDistance(Metric):
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:
         """(B, H) px."""
-        if self.renormalise:
+        if "attention_stats" in self.needs:
             return {"attention_distance": layer.attention_stats.distance.float()}
         a = layer.attention_full[:, :, layer.prefix :, layer.prefix :]
+        if self.renormalise:
+            a = normalised(a + self.eps)
         return {"attention_distance": (a * layer.distances).sum(-1).mean(-1)}
 
     def describe(self, layer: Layer) -> Mapping[str, float]:

@@ -95,7 +95,7 @@ def identity_hash(identity: Mapping[str, Any]) -> str:
 
 def require_same(folder: CellFolder, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise `StoreError` when a cell's inputs aren't what its folder was made from."""
-    for key in sorted({*before, *now}):
+    for key in dict.fromkeys([*now, *before]):
         if canonical_json(before.get(key)) != canonical_json(now.get(key)):
             was, is_now = _short(before.get(key)), _short(now.get(key))
             raise StoreError(

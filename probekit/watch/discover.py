@@ -39,9 +39,9 @@ def discover(module: nn.Module, run: Callable[[Tensor], Any], images: Tensor) ->
         stack.enter_context(torch.no_grad())
         with mode:
             output = run(images)
-    record = mode.finish()
-    record.output = output
     found = list(tensors_of(output))
+    record = mode.finish(found)
+    record.output = output
     if found and not any(mode.tracked(t) for t in found):
         record.cut.append("")
     spoke = [c.path for c in record.calls] + record.unnormalised

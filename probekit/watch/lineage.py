@@ -354,12 +354,15 @@ class Discovery(TorchFunctionMode):
             Add(ordinal, self.here, places, nodes, node, wheres, where, memory, out.shape)
         )
 
-    def finish(self) -> Record:
-        """The record, with the softmaxes over token-to-token scores that no product used."""
-        used = 0
+    def finish(self, output: Sequence[Tensor]) -> Record:
+        """The record, with the softmaxes over tokens that the output depends on, but by no product."""
+        nodes, used, matters = self.record.nodes, 0, 0
         for call in self.record.calls:
-            used |= self.record.nodes[call.map_node].ancestors if call.map_node is not None else 0
-        self.record.unused = [s.path for n, s in self._softmaxes.items() if s.of_tokens and not used >> n & 1]
+            used |= nodes[call.map_node].ancestors if call.map_node is not None else 0
+        for tensor in output:
+            matters |= nodes[self._nodes[tensor]].ancestors if self.tracked(tensor) else 0
+        left = matters & ~used
+        self.record.unused = [s.path for n, s in self._softmaxes.items() if left >> n & 1 and s.of_tokens]
         return self.record
 
 

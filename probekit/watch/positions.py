@@ -130,7 +130,12 @@ def through_sliding_window(
     ys = _axis(y[:, :, width // 2], out.size(-2), ky, sy, py, dy)
     xs = _axis(x[:, height // 2, :], out.size(-1), kx, sx, px, dx)
     if ys is not None and xs is not None:
-        return _on_grid(image, ys, xs, out.shape)
+        found = _on_grid(image, ys, xs, out.shape)
+        alone = _beside_padding(image, out.shape, ((ky, kx), (sy, sx), (py, px), (dy, dx)))
+        if alone is None:
+            return found
+        number, y, x = found.rows
+        return Where((torch.where(alone, PAD, number[:, :1]).expand(out.shape), y, x))
     if out.shape[-2:] == where.shape[-2:] and (sy, sx) == (1, 1):  # not a grid, but each stays in its place
         return Where(tuple(t.unsqueeze(1).expand(out.shape) for t in (image, y, x)))
     return None
@@ -138,14 +143,25 @@ def through_sliding_window(
 
 def _on_grid(image: Tensor, ys: Tensor, xs: Tensor, shape: torch.Size) -> Where:
     """Positions of (B, C, h, w) maps from rows' (B, h) and columns' (B, w) centres."""
-    parts = (_inner(image), ys[:, None, :, None], xs[:, None, None, :])
+    parts = (_number(image), ys[:, None, :, None], xs[:, None, None, :])
     return Where(tuple(t.expand(shape) for t in parts))
 
 
-def _inner(image: Tensor) -> Tensor:
-    """Each map's image number, read off its middle: its borders may be padding. (B, h, w) -> (B, 1, 1, 1)"""
-    h, w = image.shape[1] // 2, image.shape[2] // 2
-    return image[:, h : h + 1, w : w + 1].unsqueeze(1)
+def _number(image: Tensor) -> Tensor:
+    """Each map's image number, whatever part of it is padding. (B, h, w) -> (B, 1, 1, 1)"""
+    return image.amin((1, 2)).view(-1, 1, 1, 1)
+
+
+def _beside_padding(image: Tensor, shape: torch.Size, window: tuple[Any, ...]) -> Tensor | None:
+    """Which places of (B, 1, h, w) come from padding alone; None where there is no padding, or in doubt."""
+    padding = image.isposinf()
+    if not bool(padding.any()):
+        return None
+    try:
+        real = F.max_pool2d((~padding).float().unsqueeze(1), *window)
+    except (RuntimeError, TypeError):
+        return None
+    return real == 0 if real.shape[-2:] == shape[-2:] else None
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -236,7 +236,8 @@ def test_every_variant_builds_and_says_what_it_is(spec):
     assert (
         (spec.heads, spec.layers) == (heads, layers) == (module.blocks[0].attn.num_heads, len(module.blocks))
     )
-    assert spec.objective == "MIM" and spec.weights.licence == "MIT" and spec.citation
+    assert spec.objective == ("supervised" if spec.variant.endswith("-ft") else "MIM")
+    assert spec.weights.licence == "MIT" and spec.citation
     assert spec.weights.url.endswith(f"/{spec.weights.filename}")
     assert spec.preprocessing.mean[0] == (0.485 if spec.variant.startswith("v2") else 0.5)
     assert (spec.preprocessing.interpolation, spec.preprocessing.crop_pct) == ("bicubic", 0.875)

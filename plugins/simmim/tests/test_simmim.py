@@ -380,6 +380,7 @@ def test_what_the_entries_say():
         spec = specs[variant]
         assert spec.objective == objective and f"id={file}&" in spec.weights.url
         assert spec.citation and spec.weights.licence == "MIT"
-        assert (spec.heads, spec.layers) == ((12, 12) if variant.startswith("vit") else (None, 24))
+        swin_heads = (4, 8, 16, 32) if variant == "swin-b" else (6, 12, 24, 48)
+        assert (spec.heads, spec.layers) == ((12, 12) if variant.startswith("vit") else (swin_heads, 24))
     assert specs["swin-b"].preprocessing.size == specs["swin-l"].preprocessing.size == (192, 192)
     assert len({spec.weights.filename for spec in specs.values()}) == 4
