@@ -223,3 +223,19 @@ def test_options():
         Fourier(compat="cl-vs-mim", dc="exclude")
     with pytest.raises(UsageError, match="compat"):
         Fourier(compat="v1")
+
+
+@pytest.mark.parametrize("side", [5, 7, 8, 14, 16, 27, 28, 56])
+def test_grids_of_any_size_are_compared_at_one_frequency(side):
+    """0.75 pi, by numpy's own linear interpolation of the notebook's curve."""
+    maps = noise(2, side, side, 6, offset=0.3)
+    curve = notebook(maps)
+    frequency = 2 * np.arange(curve.shape[1]) / side
+    expected = [np.interp(0.75, frequency, line - line[0]) for line in curve]
+    np.testing.assert_allclose(measure(maps)["fourier_common"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("side", [3, 4, 6])
+def test_small_grids_end_before_the_common_frequency(side):
+    got = measure(noise(2, side, side, 6))
+    np.testing.assert_array_equal(got["fourier_common"], got["fourier"][:, -1])

@@ -35,6 +35,8 @@ class Fourier(Metric):
 
     dc: ``include`` subtracts frequency 0, as published, which confounds "little high frequency" with "a large
     mean"; ``exclude`` subtracts the lowest frequency above it.
+    fourier_common: `fourier` at one frequency, 0.75 pi, for comparing grids of different size, linear between
+    its neighbours; at the last one on a grid that ends before (sides of 3, 4 and 6).
     floor_channels: share of channels with nothing above frequency 0 (all amplitudes below 1e-6): constant
     ones draw the mean of logarithms down by as much as 19 each.
     """
@@ -44,13 +46,20 @@ class Fourier(Metric):
     dims: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "fourier": ("frequency",),
         "log_amplitude": ("frequency",),
+        "fourier_common": (),
         "floor_channels": (),
     }
-    units: ClassVar[Mapping[str, str]] = {"fourier": "nats", "log_amplitude": "nats", "floor_channels": "1"}
+    units: ClassVar[Mapping[str, str]] = {
+        "fourier": "nats",
+        "log_amplitude": "nats",
+        "fourier_common": "nats",
+        "floor_channels": "1",
+    }
     figure = "Fig. 9"
     windows = "own"  # the whole feature map, whatever the attention's windows
     curve = "last"
     eps = 1e-6
+    common = 0.75  # pi
 
     def __init__(self, compat: str = "", dc: str = "include"):
         super().__init__(compat=compat, dc=dc)
@@ -66,6 +75,7 @@ class Fourier(Metric):
             "averaging": "logarithms over channels, per image; then means",
             "eps": self.eps,
             "reference": "frequency 0" if dc == "include" else "lowest frequency above 0",
+            "common": f"{self.common} pi, linear between its neighbours, or the grid's last below it",
             "frequencies": "(f, f), f = k / min(rows, cols), below Nyquist; no window, no normalisation",
             "reading": (
                 "The higher, the more the tokens differ between neighbours, relative to what they share."
@@ -77,14 +87,18 @@ class Fourier(Metric):
         }
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:
-        """(B, F), (B, F) and (B,)."""
+        """(B, F), (B, F), (B,) and (B,)."""
         rows, cols = layer.grid
         _check(rows, cols)
         amplitude = diagonal_amplitudes(layer.tokens, rows, cols)
         log_amplitude = (amplitude + self.eps).log().mean(-1)
+        relative = log_amplitude - log_amplitude[:, self.reference, None]
+        low, share = divmod(self._common_bin(rows, cols), 1)
+        neighbours = relative[:, int(low)], relative[:, min(int(low) + 1, _count(rows, cols) - 1)]
         return {
-            "fourier": log_amplitude - log_amplitude[:, self.reference, None],
+            "fourier": relative,
             "log_amplitude": log_amplitude,
+            "fourier_common": torch.lerp(*neighbours, share),
             "floor_channels": (amplitude[:, 1:].amax(1) < self.eps).float().mean(-1),
         }
 
@@ -99,6 +113,10 @@ class Fourier(Metric):
         frequency = 2 * np.arange(_count(rows, cols)) / min(rows, cols)
         white_noise = np.where(frequency > 0, 0.5 * math.log(2), 0.0)
         return {"frequency": frequency, "white_noise": white_noise - white_noise[self.reference]}
+
+    def _common_bin(self, rows: int, cols: int) -> float:
+        """The common frequency in steps of this grid's axis."""
+        return min(self.common * min(rows, cols) / 2, _count(rows, cols) - 1)
 
 
 def diagonal_amplitudes(tokens: Tensor, rows: int, cols: int) -> Tensor:
