@@ -54,7 +54,7 @@ class Family:
     others: int = 0
     maps: str = "softmax"
     warns: tuple[str, ...] = ()
-    drift: float = 2e-5  # how far fused and unfused forward passes may be apart
+    drift: float = 1e-4  # how far fused and unfused float32 passes drift apart; more with more threads
 
     def make(self) -> nn.Module:
         torch.manual_seed(0)
