@@ -79,7 +79,7 @@ def capture_command(
     resolved = resolve(make_grid(asked, "the command"), catalog)
     from probekit.capturing.capture import capture
 
-    with running.shown(as_json, 1) as listen:
+    with running.shown(as_json) as listen:
         found = capture(
             resolved, catalog, out, sites=sites, layers=layers, dtype=dtype, dry_run=dry_run, listen=listen
         )

@@ -88,7 +88,7 @@ def run_command(
         if set(given) - {"metrics"} or grid is not None or dry_run:
             raise UsageError("--replay takes only --metrics and --out: the capture holds everything else")
         folder = out or Path("runs") / f"replay-{replay.resolve().name}"
-        with shown(as_json, 1) as listen:
+        with shown(as_json) as listen:
             run = measure_capture(replay, metrics or ["all"], catalog, folder, listen)
         return _closing(run, catalog, listen, as_json)
     resolved = resolve(read_grid(grid, **given) if grid else make_grid(given, "the command"), catalog)
@@ -111,7 +111,7 @@ def run_command(
                 )
     from probekit.execution import execute
 
-    with shown(as_json, len(resolved.models) * len(resolved.datasets)) as listen:
+    with shown(as_json) as listen:
         run = execute(resolved, catalog, folder, listen)
     return _closing(run, catalog, listen, as_json)
 
@@ -147,7 +147,6 @@ class Shown:
         if event.kind == "cell":
             label = name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}"
             self._task = self.progress.add_task(label, total=event.total, completed=event.done, start=True)
-            self._base = event.done
             self.progress.update(self._task, base=event.done)
         elif event.kind == "images":
             self.progress.advance(self._task, event.done)
@@ -162,7 +161,7 @@ class Shown:
 
 
 @contextmanager
-def shown(quiet: bool, cells: int) -> Iterator[Shown]:
+def shown(quiet: bool) -> Iterator[Shown]:
     if quiet:
         yield Shown(None)
         return

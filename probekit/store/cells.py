@@ -129,12 +129,13 @@ class TraceFolder:
         r = self.ranges[index]
         return {**self.identity, "start": r.start, "stop": r.stop}
 
-    def missing(self, *, verify: bool = True) -> tuple[list[int], list[str]]:
+    def missing(self) -> tuple[list[int], list[str]]:
         """Shards still to be measured, and what is wrong with those that exist but can't be kept."""
         wanted, problems = [], []
+        described = self.rows() is not None
         for index in range(len(self.ranges)):
-            problem = shard_problem(self.shard(index), self.expected(index), verify=verify)
-            if problem is None and self.rows() is not None:
+            problem = shard_problem(self.shard(index), self.expected(index), verify=True)
+            if problem is None and described:
                 continue
             wanted.append(index)
             if problem is not None and self.shard(index).exists():
