@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -10,9 +10,27 @@ import numpy as np
 
 if TYPE_CHECKING:
     import xarray as xr
-    from torch import Tensor
+    from torch import Tensor, nn
 
+    from probekit.anatomy import Anatomy
     from probekit.layer import Layer
+
+
+@dataclass(frozen=True)
+class Variation:
+    """Another pass over the same images, with their pixels or the model changed.
+
+    name:   of its folder: letters, digits, ``.``, ``_``, ``-``; tells apart whatever gives other numbers
+    pixels: (3, rows, cols) normalised image and its index -> the same shape; survives pickling
+    model:  changes the module in place; its second argument builds the same architecture with fresh weights,
+            its third says which module is which layer. The weights are put back afterwards
+    train:  whether the train split is measured under it too
+    """
+
+    name: str
+    pixels: Callable[[Tensor, int], Tensor] | None = None
+    model: Callable[[nn.Module, Callable[[], nn.Module], Anatomy], None] | None = None
+    train: bool = False
 
 
 class Metric:
@@ -20,16 +38,28 @@ class Metric:
 
     A complete metric is `name`, `needs`, `dims` and a `measure` of a few lines. Constructor keyword
     arguments are the metric's options; they become part of the trace's identity.
+
+    A metric of a whole dataset (a probe, a spectrum over images) has a `source` instead: it measures nothing
+    itself and works in `summarize`, on the traces of the metric it names.
     """
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
     """Changes when the numbers do: part of the trace's identity."""
-    needs: ClassVar[frozenset[str] | set[str]]
+    needs: ClassVar[frozenset[str] | set[str]] = frozenset()
     """Fields of `Layer` that `measure` reads; nothing else is computed. With ``"tokens"`` the metric is
     measured at every token site (embedding, after attention, after MLP) instead of every layer."""
-    dims: ClassVar[Mapping[str, tuple[str, ...]]]
+    dims: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Each value's axes after the image axis: ``{"nmi": ("head",)}``."""
+    source: str = ""
+    """The metric, with its options, whose traces `summarize` gets: ``"features:pool=cls"``."""
+    requires: ClassVar[frozenset[str] | set[str]] = frozenset()
+    """What the dataset must have, of ``labels``, ``train``, ``cues`` and ``masks``; else the metric does not
+    apply. With ``train``, the source's traces on the train split come as `Traces.train`."""
+    others: ClassVar[bool] = False
+    """Whether it compares the model with the run's others on the same images (`Traces.others`)."""
+    holes: ClassVar[bool] = False
+    """Whether values may be NaN (keys outside a window); else NaN is a failure."""
     units: ClassVar[Mapping[str, str]] = {}
     figure: ClassVar[str] = ""
     windows: ClassVar[Literal["each", "own"]] = "each"
@@ -56,6 +86,18 @@ class Metric:
         """
         return {}
 
+    def rows(self, rows: Sequence[Row]) -> Sequence[Row]:
+        """The entries of the layer axis it is measured at, of all that the model has."""
+        return rows
+
+    def sample(self, count: int, labels: Sequence[int] | None) -> Sequence[int] | None:
+        """Positions of the images it is measured on, of `count` with these labels; None for all."""
+        return None
+
+    def variations(self) -> Sequence[Variation]:
+        """Further passes over the images whose traces come as `Traces.variations`."""
+        return ()
+
     def summarize(self, traces: Traces) -> xr.Dataset:
         """Mean, sd, sem and bootstrap interval over images; override for anything else."""
         from probekit.summaries import summarize
@@ -81,9 +123,16 @@ class Row:
 class Traces:
     """Per-image values of one metric on one model and dataset, in dataset order.
 
-    values:    ``{name: (images, rows, *dims)}`` float32; NaN where a row has no such head or index
-    rows:      the layer axis
-    constants: `Metric.describe` of every row, stacked: ``{name: (rows, ...)}``
+    values:     ``{name: (images, rows, *dims)}`` float32; NaN where a row has no such head or index
+    rows:       the layer axis
+    constants:  `Metric.describe` of every row, stacked: ``{name: (rows, ...)}``
+    of:         how many images these were sampled from; 0 when they are all
+    classes:    names of the labels
+    train:      the same on the train split, labels in the same numbering
+    variations: the same under each of `Metric.variations`, by name
+    others:     the same for the run's other models, by name
+    cues:       class numbers of each image by cue, ``{"shape": ..., "texture": ...}``
+    mask:       position of an image -> (rows, cols) class map at the network's input size, -1 to ignore
     """
 
     values: Mapping[str, np.ndarray]
@@ -92,6 +141,13 @@ class Traces:
     labels: Sequence[int] | None = None
     constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     seed: int = 0
+    of: int = 0
+    classes: Sequence[str] | None = None
+    train: Traces | None = None
+    variations: Mapping[str, Traces] = field(default_factory=dict)
+    others: Mapping[str, Traces] = field(default_factory=dict)
+    cues: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    mask: Callable[[int], np.ndarray] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.values[name]

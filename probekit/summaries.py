@@ -68,7 +68,7 @@ def summarize(metric: Metric, traces: Traces) -> xr.Dataset:
     coordinates |= layer_coordinates(traces.rows)
     for name, constant in traces.constants.items():
         _place(metric, name, np.asarray(constant), len(traces.rows), sizes, variables, coordinates)
-    return xr.Dataset(variables, coordinates, _attributes(metric, traces))
+    return xr.Dataset(variables, coordinates, result_attributes(metric, traces))
 
 
 def paired_difference(
@@ -344,7 +344,7 @@ def _interval_text(seed: int) -> str:
     )
 
 
-def _attributes(metric: Metric, traces: Traces) -> dict[str, Any]:
+def result_attributes(metric: Metric, traces: Traces) -> dict[str, Any]:
     return {
         "metric": metric.name,
         "version": metric.version,

@@ -265,7 +265,11 @@ def test_between_zero_and_one(n, keys, gain, seed):
     p = (torch.randn(2, 2, n, keys, generator=g) * gain).softmax(-1)
     got = measure(p)
     assert ((got >= 0) & (got <= 1)).all()
-    assert got[1, 0].item() == pytest.approx(min(reference(p[1, 0]), 1.0), abs=2e-5)
+    # I is a difference of float32 sums, good to 3e-7 nats: what is left of it where H(k) is next to nothing
+    mean = p[1, 0].double().mean(0)
+    scale = math.sqrt(math.log(n) * float(torch.special.entr(mean).sum().clamp(min=0)))
+    room = 2e-5 + (3e-7 / scale if scale > 1e-6 else 1e-3)
+    assert got[1, 0].item() == pytest.approx(min(reference(p[1, 0]), 1.0), abs=room)
 
 
 @settings(max_examples=20, deadline=None)
