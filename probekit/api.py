@@ -93,6 +93,7 @@ def probe(
     elif not isinstance(model, (torch.nn.Module, Model)):
         wrap(model)  # says what a model is
     chosen = _metrics(metrics, catalog)
+    measured = _measured(chosen, catalog)
     loaded = model if isinstance(model, Model) else Model(model)
     module, parts = loaded.module, loaded.declared.parts if loaded.declared else None
     training = {m: m.training for m in module.modules()}
@@ -108,38 +109,80 @@ def probe(
                 declared_parts=parts,
                 allow_unwatched=allow_unwatched,
             )
-            collectors = [collector(metric, watcher) for metric, _ in chosen.values()]
-            measured = [measure_batch(watcher, batch, collectors) for batch in pixels.split(batch_size)]
+            collectors = {name: collector(metric, watcher) for name, metric in measured.items()}
+            taken = {name: _sampled(metric, len(images)) for name, metric in measured.items()}
+            parts: dict[str, list[dict[str, Any]]] = {name: [] for name in measured}
+            for start in range(0, len(images), batch_size):
+                batch = range(start, min(start + batch_size, len(images)))
+                picked = [[i - start for i in taken[name] if i in batch] for name in measured]
+                found = measure_batch(watcher, pixels[start : batch.stop], list(collectors.values()), picked)
+                for name, values, some in zip(measured, found, picked, strict=True):
+                    parts[name] += [values] if some else []
     finally:
         for m, mode in training.items():
             m.training = mode
     results = {}
-    for number, (name, found) in enumerate(zip(chosen, collectors, strict=True)):
-        metric, required = chosen[name]
-        if found.failure is not None:
-            raise MetricError(f"metric '{name}': {found.failure.message}")
-        if not found.applies:
+    for name, (metric, required) in chosen.items():
+        source = metric.source or name
+        c = collectors[source]
+        if c.failure is not None:
+            raise MetricError(f"metric '{name}': {c.failure.message}")
+        try:
+            if not c.applies:
+                raise DoesNotApply(next(iter(c.reasons.values()), "the model has no such layers"))
+            values = {n: np.concatenate([p[n] for p in parts[source]]) for n in c.metric.dims}
+            ids, of = [str(i) for i in taken[source]], len(images)
+            traces = Traces(values, c.rows, ids, None, c.constants, seed, of if len(ids) < of else 0)
+            results[name] = metric.summarize(traces)
+        except DoesNotApply as reason:
             if required:
-                raise DoesNotApply(f"metric '{name}' does not apply: {next(iter(found.reasons.values()))}")
-            continue
-        values = {n: np.concatenate([p[number][n] for p in measured]) for n in metric.dims}
-        ids = [str(i) for i in range(len(images))]
-        results[name] = metric.summarize(Traces(values, found.rows, ids, None, found.constants, seed))
+                raise DoesNotApply(f"metric '{name}' does not apply: {reason.message}") from None
     return results
+
+
+def _sampled(metric: Metric, count: int) -> Sequence[int]:
+    chosen = metric.sample(count, None)
+    return range(count) if chosen is None else sorted(chosen)
 
 
 def _metrics(
     asked: Sequence[str | Metric | type[Metric]], catalog: Catalog
 ) -> dict[str, tuple[Metric, bool]]:
-    """Metric objects by the name their result gets, each with whether it was asked for by name."""
+    """Metric objects by the name their result gets, each with whether it was asked for by name.
+
+    One that needs more than images alone is refused, or left out of ``"all"``.
+    """
     from probekit.execution import make_metric
 
-    chosen: dict[str, tuple[Metric, bool]] = {}
+    found: dict[str, tuple[Metric, bool]] = {}
     for item in [asked] if isinstance(asked, (str, Metric, type)) else asked:
         if isinstance(item, str):
             for entry in catalog.select("metrics", [item]):
-                chosen[str(entry.ref)] = make_metric(entry, catalog), item != "all"
+                found[str(entry.ref)] = make_metric(entry, catalog), item != "all"
         else:
             metric = item() if isinstance(item, type) else item
-            chosen[metric.name] = metric, True
+            found[metric.name] = metric, True
+    chosen = {}
+    for name, (metric, required) in found.items():
+        wants = sorted(metric.requires) + ["variations"] * bool(metric.variations())
+        if not wants:
+            chosen[name] = metric, required
+        elif required:
+            raise DoesNotApply(
+                f"metric '{name}' does not apply to images alone: it needs {wants[0]}",
+                hint="give a dataset: probekit.run(...)",
+            )
     return chosen
+
+
+def _measured(chosen: Mapping[str, tuple[Metric, bool]], catalog: Catalog) -> dict[str, Metric]:
+    """The metrics that measure, by name: those chosen, and those whose traces they draw on."""
+    from probekit.execution import make_metric
+
+    found = {}
+    for name, (metric, _) in chosen.items():
+        if not metric.source:
+            found[name] = metric
+        elif metric.source not in found:
+            found[metric.source] = make_metric(catalog.metric(metric.source), catalog)
+    return found

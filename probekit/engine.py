@@ -6,6 +6,7 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -39,18 +40,24 @@ class Collector:
     constants: what `Metric.describe` said, ``{name: (rows, ...)}``, complete after the first batch
     reasons:   rows the metric has no meaning for, with why
     failure:   set when the metric broke its contract; from then on it is left out
+    chosen:    positions of the batch's images that are measured; None for all
     """
 
     metric: Metric
     rows: Sequence[Row]
     failure: Failure | None = None
     reasons: dict[str, str] = field(default_factory=dict)
+    chosen: Sequence[int] | None = None
     _described: dict[str, Mapping[str, Any]] = field(default_factory=dict)
     _values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def visitor(self) -> Visitor:
         return Visitor(frozenset(self.metric.needs), self._visit)
+
+    @cached_property
+    def _labels(self) -> frozenset[str]:
+        return frozenset(row.label for row in self.rows)
 
     @property
     def constants(self) -> dict[str, np.ndarray]:
@@ -66,8 +73,10 @@ class Collector:
 
     def _visit(self, layer: Layer) -> None:
         label = layer.row.label
-        if self.failure is not None or label in self.reasons:
+        if self.failure is not None or label in self.reasons or label not in self._labels:
             return
+        if self.chosen is not None and len(self.chosen) < layer.batch:
+            layer = layer.pick(self.chosen)
         try:
             views = (
                 [layer] if self.metric.windows == "own" or "tokens" in self.metric.needs else layer.windows()
@@ -125,8 +134,11 @@ class Collector:
                 for row in self.rows
             ]
             for row, array in zip(self.rows, arrays, strict=True):
-                if array is not None and not np.isfinite(array).all() and self.failure is None:
-                    what = "NaN" if np.isnan(array).any() else "infinity"
+                if array is None or self.failure is not None:
+                    continue
+                wrong = np.isinf(array) if self.metric.holes else ~np.isfinite(array)
+                if wrong.any():
+                    what = "NaN" if np.isnan(array[wrong]).any() else "infinity"
                     self.failure = Failure(f"'{name}' is {what} at '{row.label}'")
             found[name] = np.moveaxis(_stack(arrays, (batch, *(0,) * len(self.metric.dims[name]))), 0, 1)
         self._values.clear()
@@ -198,16 +210,27 @@ def within_memory(batch: Tensor) -> Iterator[None]:
 
 
 def measure_batch(
-    source: Source, pixels: Tensor, collectors: Sequence[Collector]
+    source: Source,
+    pixels: Tensor,
+    collectors: Sequence[Collector],
+    chosen: Sequence[Sequence[int]] | None = None,
 ) -> list[dict[str, np.ndarray]]:
-    """Forward one batch and return each collector's values; those of a failed metric are of no use."""
-    source.run(pixels, [c.visitor for c in collectors if c.failure is None])
-    return [c.take(len(pixels)) for c in collectors]
+    """Forward one batch and return each collector's values; those of a failed metric are of no use.
+
+    chosen: for each collector, the positions of the images it measures; by default all
+    """
+    counts = [len(pixels)] * len(collectors) if chosen is None else [len(one) for one in chosen]
+    for number, c in enumerate(collectors):
+        c.chosen = None if chosen is None else chosen[number]
+    visiting = [c for c, n in zip(collectors, counts, strict=True) if c.failure is None and n]
+    source.run(pixels, [c.visitor for c in visiting])
+    return [c.take(n) for c, n in zip(collectors, counts, strict=True)]
 
 
 def collector(metric: Metric, source: Source) -> Collector:
     """A collector for a metric, its layer axis taken from the watched model or the capture."""
-    made = Collector(metric, source.site_rows() if "tokens" in metric.needs else source.layer_rows())
+    rows = source.site_rows() if "tokens" in metric.needs else source.layer_rows()
+    made = Collector(metric, list(metric.rows(rows)))
     try:
         made.visitor.captures  # noqa: B018  says so where a layer has no such field
     except ProbekitError as error:

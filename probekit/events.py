@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 class Event:
     """Something to show while a run goes on.
 
-    kind: cell (a cell begins: `total` images, `done` already there), images (`done` more), bad-image,
+    kind: cell (a pass begins: `total` images, `done` already there; `text` names one that isn't over the
+          measured images as they are), images (`done` more), bad-image,
           warning, metric (ended, with `outcome`), cell-failed (with `error`), cell-done
     """
 

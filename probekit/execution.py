@@ -1,36 +1,42 @@
-"""Carry out a grid: one pass per cell, skip what exists, contain what fails."""
+"""Carry out a grid: the passes each cell needs, skip what exists, contain what fails."""
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import time
-import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
-from probekit.engine import Collector, collector, measure_batch, numerics, pick_device, within_memory
-from probekit.errors import DataError, MetricError, ProbekitError
+from probekit.engine import pick_device
+from probekit.errors import DataError, DoesNotApply, MetricError, ProbekitError
 from probekit.events import Event, Listener, nobody
+from probekit.finishing import compare_models, contained, end_metric, store_result
 from probekit.grid import Grid, Resolved
-from probekit.metric import Metric
+from probekit.metric import Metric, Traces
+from probekit.passes import (
+    Measurement,
+    PassRunner,
+    images_to_do,
+    left_to_do,
+    measurement,
+    source_of,
+    try_out,
+)
 from probekit.plugins.catalog import Catalog, Entry
-from probekit.store.cells import CellFolder, Outcome, TraceFolder, identity_hash, require_same
-from probekit.store.results import write_result
-from probekit.store.runfolder import Run, create_run, shard_size
-from probekit.store.writing import RunLock, Writer, remove_temporaries
-from probekit.subject import LACKING, Live, Source, Subject, default_batch, open_dataset, versions
+from probekit.store.cells import CellFolder, Outcome, identity_hash, require_same
+from probekit.store.runfolder import Run, create_run
+from probekit.store.writing import RunLock
+from probekit.subject import Live, Subject, View, default_batch, open_dataset, versions
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """What a run would do in one cell: images to measure of how many, bytes kept, seconds of measuring."""
+    """What a run would do in one cell: images to measure of how many, bytes kept, seconds of measuring.
+
+    passes: how many times images go through the model, with train splits and variations
+    """
 
     model: str
     dataset: str
@@ -40,33 +46,67 @@ class Forecast:
     skipped: tuple[str, ...]
     bytes: int
     seconds: float
+    passes: int = 0
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A metric of the grid, and the one whose traces it summarises where that is another."""
+
+    entry: Entry
+    metric: Metric
+    source: tuple[Entry, Metric] | None = None
+
+    @property
+    def measured(self) -> tuple[Entry, Metric]:
+        return self.source or (self.entry, self.metric)
 
 
 @dataclass
 class Job:
-    """One metric on one cell: its class, its traces, what is missing."""
+    """One metric on one cell, and the traces its result is made of.
 
-    entry: Entry
-    metric: Metric
-    traces: TraceFolder
-    missing: list[int] = field(default_factory=list)
-    collector: Collector | None = None
-    seconds: float = 0.0
+    own:        on the measured images
+    train:      on the train split
+    variations: by name: on the measured images, and on the train split
+    """
+
+    chosen: Chosen
+    own: Measurement
+    train: Measurement | None = None
+    variations: Mapping[str, tuple[Measurement, Measurement | None]] = field(default_factory=dict)
+
+    @property
+    def entry(self) -> Entry:
+        return self.chosen.entry
+
+    @property
+    def metric(self) -> Metric:
+        return self.chosen.metric
 
     @property
     def name(self) -> str:
         return str(self.entry.ref)
 
     @property
+    def measurements(self) -> list[Measurement]:
+        pairs = [m for pair in self.variations.values() for m in pair]
+        return [m for m in (self.own, self.train, *pairs) if m is not None]
+
+    @property
     def identity(self) -> str:
-        return identity_hash(self.traces.identity)
-
-
-def _source(entry: Entry, metric: Metric) -> dict[str, str]:
-    """A metric from a file has no version to rely on: what it computes is the file's content."""
-    if entry.version:
-        return {}
-    return {"source": hashlib.sha256(Path(inspect.getfile(type(metric))).read_bytes()).hexdigest()[:16]}
+        """Of all that its result is made of."""
+        if self.chosen.source is None and len(self.measurements) == 1:
+            return self.own.identity
+        return identity_hash(
+            {
+                "metric": self.entry.qualified,
+                "version": self.metric.version,
+                "options": dict(self.entry.options),
+                **source_of(self.entry, self.metric),
+                "traces": [m.identity for m in self.measurements],
+            }
+        )
 
 
 def execute(resolved: Resolved, catalog: Catalog, out: Path, listen: Listener = nobody) -> Run:
@@ -77,30 +117,59 @@ def execute(resolved: Resolved, catalog: Catalog, out: Path, listen: Listener = 
 
     Raises `ProbekitError` for what no cell can survive: a locked, full or newer folder, an unknown dataset.
     """
-    device = pick_device(resolved.grid.device)
-    datasets = [(entry, open_dataset(entry, catalog)) for entry in resolved.datasets]
-    metrics = [(entry, make_metric(entry, catalog)) for entry in resolved.metrics]
+    with_metrics, loads = _arranged(resolved, catalog, listen)
     with RunLock(out):
         create_run(out, resolved, versions())
-        for entry in resolved.models:
-            for dataset in datasets:
-                folder = CellFolder(out, str(entry.ref), str(dataset[0].ref))
-                load = partial(Live.load, entry, dataset, resolved.grid, catalog, device, listen)
-                run_cell(folder, load, metrics, resolved.grid, listen)
+        for model, dataset, load in loads:
+            run_cell(CellFolder(out, model, dataset), load, with_metrics, resolved.grid, listen)
+        for chosen in with_metrics:
+            if chosen.metric.others:
+                entry, metric = chosen.measured
+                traced = str(entry.ref), metric.version
+                compare_models(Run(out), chosen.entry, chosen.metric, traced, listen)
     return Run(out)
 
 
 def forecast(resolved: Resolved, catalog: Catalog, out: Path) -> list[Forecast]:
-    """What `execute` would do, from one measured batch of two images per cell. Writes nothing."""
+    """What `execute` would do, from one measured batch of two images per pass. Writes nothing."""
+    with_metrics, loads = _arranged(resolved, catalog, nobody)
+    return [
+        _Cell(CellFolder(out, model, dataset), load, with_metrics, resolved.grid, nobody).forecast()
+        for model, dataset, load in loads
+    ]
+
+
+def _arranged(
+    resolved: Resolved, catalog: Catalog, listen: Listener
+) -> tuple[list[Chosen], list[tuple[str, str, Callable[[], Subject]]]]:
+    """The metrics, and every cell's model and dataset with what loads them."""
     device = pick_device(resolved.grid.device)
     datasets = [(entry, open_dataset(entry, catalog)) for entry in resolved.datasets]
-    metrics = [(entry, make_metric(entry, catalog)) for entry in resolved.metrics]
+    train = open_dataset(resolved.train, catalog) if resolved.train else None
+    # `--train` may name a dataset by its held-out images: what is meant is its train split
+    train = train.train if train is not None and train.train is not None else train
+    chosen = choose_metrics(resolved.metrics, catalog)
+    cells = [
+        (
+            str(model.ref),
+            str(dataset[0].ref),
+            partial(Live.load, model, dataset, resolved.grid, catalog, device, listen, train),
+        )
+        for model in resolved.models
+        for dataset in datasets
+    ]
+    return chosen, cells
+
+
+def choose_metrics(entries: Sequence[Entry], catalog: Catalog) -> list[Chosen]:
+    """The metrics that entries name, each with the one it draws on."""
     found = []
-    for entry in resolved.models:
-        for dataset in datasets:
-            folder = CellFolder(out, str(entry.ref), str(dataset[0].ref))
-            load = partial(Live.load, entry, dataset, resolved.grid, catalog, device, nobody)
-            found.append(_Cell(folder, load, metrics, resolved.grid, nobody).forecast())
+    for entry in entries:
+        metric, source = make_metric(entry, catalog), None
+        if metric.source:
+            where = catalog.metric(metric.source)
+            source = where, make_metric(where, catalog)
+        found.append(Chosen(entry, metric, source))
     return found
 
 
@@ -109,7 +178,9 @@ def make_metric(entry: Entry, catalog: Catalog) -> Metric:
     made = catalog.resolve_target(entry)
     try:
         metric = made(**entry.options)
-        complete = all(hasattr(metric, a) for a in ("name", "needs", "dims", "measure"))
+        complete = bool(hasattr(metric, "name") and hasattr(metric, "measure")) and (
+            bool(metric.source) or bool(metric.needs and metric.dims)
+        )
     except ProbekitError:
         raise
     except Exception as error:
@@ -117,14 +188,17 @@ def make_metric(entry: Entry, catalog: Catalog) -> Metric:
             f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}"
         ) from error
     if not complete:
-        raise MetricError(f"metric '{entry.qualified}' lacks one of 'name', 'needs', 'dims' and 'measure'")
+        raise MetricError(
+            f"metric '{entry.qualified}' lacks one of 'name', 'needs', 'dims' and 'measure'",
+            hint="a metric measures something itself, or names a 'source'",
+        )
     return metric
 
 
 def run_cell(
     folder: CellFolder,
     load: Callable[[], Subject],
-    metrics: Sequence[tuple[Entry, Metric]],
+    metrics: Sequence[Chosen],
     grid: Grid,
     listen: Listener,
 ) -> None:
@@ -134,66 +208,43 @@ def run_cell(
     except ProbekitError as error:
         if not error.contained:
             raise
-        _cell_failed(folder, metrics, error, listen)
-
-
-def _cell_failed(
-    cell: CellFolder, metrics: Sequence[tuple[Entry, Metric]], error: ProbekitError, listen: Listener
-) -> None:
-    for entry, _ in metrics:
-        if cell.outcome(str(entry.ref)).status != "done":
-            outcome = Outcome("failed", error.message, error.hint or "")
-            cell.end(str(entry.ref), outcome)
-    listen(Event("cell-failed", cell.model, cell.dataset, text=str(error), error=error))
+        for chosen in metrics:
+            if folder.outcome(str(chosen.entry.ref)).status != "done":
+                folder.end(str(chosen.entry.ref), Outcome("failed", error.message, error.hint or ""))
+        listen(Event("cell-failed", folder.model, folder.dataset, text=str(error), error=error))
 
 
 @dataclass
 class _Cell:
     folder: CellFolder
     load: Callable[[], Subject]
-    metrics: Sequence[tuple[Entry, Metric]]
+    metrics: Sequence[Chosen]
     grid: Grid
     listen: Listener
 
     def run(self) -> None:
         subject, identity, before, jobs = self._prepare()
-        remaining = sorted({k for job in jobs for k in job.missing})
-        total = sum(len(jobs[0].traces.ranges[k]) for k in remaining)
-        self.listen(
-            Event(
-                "cell",
-                self.folder.model,
-                self.folder.dataset,
-                total=len(subject.indices),
-                done=len(subject.indices) - total,
-            )
-        )
-        if remaining or before is None or any(not self._summarised(job) for job in jobs):
-            self._pass(subject, identity, before, jobs, remaining)
+        self._measure(subject, identity, before, _passes(jobs))
+        about = self.folder.read()
+        for job in jobs:
+            self._finish(job, subject, about)
         self.listen(Event("cell-done", self.folder.model, self.folder.dataset))
 
     def forecast(self) -> Forecast:
         subject, _, _, jobs = self._prepare()
-        remaining = sorted({k for job in jobs for k in job.missing})
-        total = sum(len(jobs[0].traces.ranges[k]) for k in remaining)
-        wanted = [job for job in jobs if job.missing]
-        kept, seconds = 0, 0.0
-        if wanted:
-            with numerics(subject.device, self.grid.dtype):
-                watcher, pixels = subject.watch()
-                collectors = [collector(job.metric, watcher) for job in wanted]
-                measure_batch(watcher, pixels, collectors)
-                started = time.perf_counter()
-                values = measure_batch(watcher, pixels, collectors)
-                seconds = (time.perf_counter() - started) / len(pixels) * total
-            for job, found in zip(wanted, values, strict=True):
-                images = sum(len(job.traces.ranges[k]) for k in job.missing)
-                kept += images * sum(v.nbytes // len(pixels) for v in found.values())
-        names = tuple(job.name for job in wanted)
-        skipped = tuple(job.name for job in jobs if not job.missing)
-        return Forecast(
-            self.folder.model, self.folder.dataset, len(subject.indices), total, names, skipped, kept, seconds
-        )
+        kept, seconds, remaining, count = 0, 0.0, 0, 0
+        for measurements in _passes(jobs):
+            wanted = [m for m in measurements if m.missing]
+            if wanted:
+                view = wanted[0].view
+                size, duration = try_out(subject.view(view), wanted)
+                kept, seconds, count = kept + size, seconds + duration, count + 1
+                remaining += images_to_do(wanted) if view == View() else 0
+        names = tuple(job.name for job in jobs if any(m.missing for m in job.measurements))
+        skipped = tuple(job.name for job in jobs if job.name not in names)
+        total = len(subject.indices)
+        where = self.folder.model, self.folder.dataset
+        return Forecast(*where, total, remaining, names, skipped, kept, seconds, count)
 
     def _prepare(self) -> tuple[Subject, dict[str, Any], dict[str, Any] | None, list[Job]]:
         subject = self.load()
@@ -203,193 +254,166 @@ class _Cell:
             require_same(self.folder, before["identity"], identity)
         return subject, identity, before, self._jobs(subject, identity)
 
+    # ------------------------------------------------------------------ what is needed
+
     def _jobs(self, subject: Subject, identity: dict[str, Any]) -> list[Job]:
-        jobs, count = [], len(subject.indices)
-        for entry, metric in self.metrics:
-            path = self.folder.trace(str(entry.ref), metric.version)
-            tag = {
-                "cell": identity_hash(identity),
-                "metric": entry.qualified,
-                "version": metric.version,
-                "options": dict(entry.options),
-                **_source(entry, metric),
+        """One for each metric that can be tried; of the others it is recorded why not."""
+        shared: dict[tuple[str, str], Measurement] = {}
+
+        def of(chosen: Chosen, view: View) -> Measurement:
+            entry, metric = chosen.measured
+            key = str(entry.ref), view.name
+            if key not in shared:
+                shared[key] = measurement(entry, metric, view, subject.view(view), self.folder, identity)
+            return shared[key]
+
+        jobs = []
+        for chosen in self.metrics:
+            if reason := _lacking(subject, chosen):
+                if self.folder.outcome(str(chosen.entry.ref)).status != "done":
+                    self._end(chosen.entry, Outcome("does not apply", reason))
+                continue
+            train = "train" in chosen.metric.requires
+            varied = {
+                v.name: (
+                    of(chosen, View("measured", v)),
+                    of(chosen, View("train", v)) if train and v.train else None,
+                )
+                for v in chosen.metric.variations()
             }
-            job = Job(entry, metric, TraceFolder(path, tag, count, shard_size(count)))
-            reason, before = subject.lacks(metric), self._outcome(job)
-            if reason:
-                if before.status != "done":
-                    self._end(job, Outcome("does not apply", reason))
-            elif before.status != "does not apply" or before.reason.startswith(LACKING):
-                job.missing, problems = job.traces.missing()
-                for problem in problems:
-                    self.listen(
-                        Event(
-                            "warning",
-                            self.folder.model,
-                            self.folder.dataset,
-                            job.name,
-                            f"{problem}: measured again",
-                        )
-                    )
-            jobs.append(job)
+            own = of(chosen, View())
+            jobs.append(Job(chosen, own, of(chosen, View("train")) if train else None, varied))
+        # one that has no meaning here is not measured again, unless another metric wants the same traces
+        wanted = {id(m): m for job in jobs if not self._meaningless(job) for m in job.measurements}
+        for m in wanted.values():
+            m.missing, problems = m.traces.missing()
+            for problem in problems:
+                text = f"{problem}: measured again"
+                self.listen(Event("warning", *self._names, str(m.entry.ref), text))
         return jobs
+
+    @property
+    def _names(self) -> tuple[str, str]:
+        return self.folder.model, self.folder.dataset
 
     def _outcome(self, job: Job) -> Outcome:
         """How the metric ended here, unless that was another version of it."""
         found = self.folder.outcome(job.name)
         return found if found.trace == job.identity else Outcome("unfinished")
 
-    def _summarised(self, job: Job) -> bool:
-        outcome = self._outcome(job)
-        return outcome.status == "does not apply" or (
-            outcome.status == "done" and self.folder.result(job.name).exists()
-        )
+    def _meaningless(self, job: Job) -> bool:
+        return self._outcome(job).status == "does not apply"
 
-    # ------------------------------------------------------------------ the pass
+    def _settled(self, job: Job) -> bool:
+        if any(m.missing for m in job.measurements):
+            return False
+        done = self._outcome(job).status == "done" and self.folder.result(job.name).exists()
+        return done or self._meaningless(job)
 
-    def _pass(
+    # ------------------------------------------------------------------ the passes
+
+    def _measure(
         self,
         subject: Subject,
         identity: dict[str, Any],
         before: dict[str, Any] | None,
-        jobs: list[Job],
-        remaining: list[int],
+        passes: Sequence[Sequence[Measurement]],
     ) -> None:
         batch_size = self.grid.batch_size or (before or {}).get("batch_size") or default_batch(subject.device)
-        for job in jobs:
-            if job.missing:
-                remove_temporaries(job.traces.path)
-            if len(job.missing) == len(job.traces.ranges):
-                job.traces.forget_rows()
-        if remaining or before is None:
-            with numerics(subject.device, self.grid.dtype):
+        if before is None:
+            with subject.active():
                 source, _ = subject.watch()
-                if before is None:
-                    self.folder.write({"identity": identity, **subject.about(source, batch_size)})
-                for job in jobs:
-                    job.collector = collector(job.metric, source) if job.missing else None
-                with Writer() as writer:
-                    for shard in remaining:
-                        self._shard(shard, jobs, subject, source, batch_size, writer)
-        about = self.folder.read()
-        for job in jobs:
-            self._finish(job, about)
-
-    def _shard(
-        self,
-        shard: int,
-        jobs: list[Job],
-        subject: Subject,
-        source: Source,
-        batch_size: int,
-        writer: Writer,
-    ) -> None:
-        active = [
-            j for j in jobs if shard in j.missing and j.collector.failure is None and j.collector.applies
-        ]
-        wanted, indices = jobs[0].traces.ranges[shard], subject.indices
-        parts: dict[int, list[dict[str, np.ndarray]]] = {id(job): [] for job in active}
-        kept: list[int] = []
-        bad: list[dict[str, Any]] = []
-        place = {indices[i]: i for i in wanted}
-        for batch in subject.batches([indices[i] for i in wanted], batch_size, self.grid.workers):
-            bad += [{"index": place[b.index], "id": b.id, "reason": b.reason} for b in batch.bad]
-            if len(batch) and active:
-                pixels = batch.pixels.to(subject.device, non_blocking=True)
-                for job, values in zip(active, self._measure(source, pixels, active), strict=True):
-                    parts[id(job)].append(values)
-                kept += [place[i] for i in batch.indices]
-            for b in batch.bad:
-                self.listen(
-                    Event(
-                        "bad-image",
-                        self.folder.model,
-                        self.folder.dataset,
-                        text=f"'{b.id}' is left out: {b.reason}",
-                    )
-                )
-            self.listen(Event("images", done=len(batch) + len(batch.bad)))
-        for job in active:
-            found = parts[id(job)]
-            if job.collector.failure is not None or not job.collector.applies:
+                self.folder.write({"identity": identity, **subject.about(source, batch_size)})
+        for measurements in passes:
+            if not left_to_do(measurements):
+                if measurements[0].view == View():
+                    self._announce(subject, measurements)
                 continue
-            if not job.traces.path.joinpath("rows.json").exists() and found:
-                writer.submit(
-                    job.traces.write_rows,
-                    job.collector.rows,
-                    job.collector.constants,
-                    dict(job.collector.reasons),
-                )
-            arrays = (
-                {f"values/{n}": np.concatenate([p[n] for p in found]) for n in job.metric.dims}
-                if found
-                else {}
-            )
-            arrays["index"] = np.asarray(kept, dtype=np.int64)
-            writer.write_shard(job.traces.shard(shard), arrays, {**job.traces.expected(shard), "bad": bad})
+            shown = subject.view(measurements[0].view)
+            runner = PassRunner(shown, measurements, batch_size, self.grid.workers, self._names, self.listen)
+            self._announce(shown, measurements)
+            with shown.active():
+                source, _ = shown.watch()
+                runner.prepare(source)
+                runner.run(source)
 
-    def _measure(
-        self, source: Source, pixels: torch.Tensor, active: list[Job]
-    ) -> list[dict[str, np.ndarray]]:
-        with within_memory(pixels):
-            return measure_batch(source, pixels, [job.collector for job in active])
+    def _announce(self, shown: Subject, measurements: Sequence[Measurement]) -> None:
+        view, total = measurements[0].view, len(shown.indices)
+        done = total - images_to_do(measurements)
+        text = view.name if view != View() else ""
+        self.listen(Event("cell", *self._names, text=text, total=total, done=done))
 
     # ------------------------------------------------------------------ results
 
-    def _finish(self, job: Job, about: dict[str, Any]) -> None:
-        if self._summarised(job) and not job.missing:
+    def _finish(self, job: Job, subject: Subject, about: dict[str, Any]) -> None:
+        if self._settled(job):
             return
-        failure = job.collector.failure if job.collector else None
-        outcome = None
-        if failure is not None:
-            outcome = Outcome("failed", failure.message, "", failure.details)
-        elif job.collector is not None and not job.collector.applies:
-            outcome = Outcome(
-                "does not apply", next(iter(job.collector.reasons.values()), "the model has no such layers")
-            )
-        else:
-            try:
-                outcome = self._summarise(job, about)
-            except ProbekitError as error:
-                if not error.contained:
-                    raise
-                outcome = Outcome("failed", error.message, error.hint or "")
-            except Exception as error:
-                text = f"'summarize' raised {type(error).__name__}: {error}"
-                outcome = Outcome("failed", text, "", traceback.format_exc())
-        self._end(job, outcome)
+        outcome = _measured_outcome(job)
+        if outcome is None and job.metric.others:
+            return  # when all models are there
+        if outcome is None:
+            outcome = contained(lambda: self._summarise(job, subject, about))
+        self._end(job.entry, outcome, job.identity)
 
-    def _end(self, job: Job, outcome: Outcome) -> None:
-        outcome = Outcome(
-            **{
-                **outcome.__dict__,
-                "pack": job.entry.pack,
-                "version": job.entry.version,
-                "trace": job.identity,
-            }
-        )
-        self.folder.end(job.name, outcome)
-        self.listen(
-            Event("metric", self.folder.model, self.folder.dataset, job.name, outcome.reason, outcome=outcome)
-        )
-
-    def _summarise(self, job: Job, about: dict[str, Any]) -> Outcome:
+    def _summarise(self, job: Job, subject: Subject, about: dict[str, Any]) -> Outcome:
         started = time.perf_counter()
-        traces = job.traces.read(about["ids"], about["labels"], self.grid.seed)
+        traces = self._traces(job, subject)
         if not len(traces):
             raise DataError(f"no image of dataset '{self.folder.dataset}' can be read")
-        result = job.metric.summarize(traces)
-        result.attrs.update(
-            model=self.folder.model,
-            dataset=self.folder.dataset,
-            objective=about["objective"],
-            weights_sha256=about["identity"]["weights"],
-            images_fingerprint=about["identity"]["images"],
-            preprocessing=about["identity"]["preprocessing"],
-            dtype=about["identity"]["dtype"],
-            device=about["device"],
-            pack=f"{job.entry.pack} {job.entry.version}".strip(),
-            probekit=about["versions"].get("vit-probekit", ""),
-        )
-        write_result(self.folder.result(job.name), result)
+        entry, metric = job.chosen.measured
+        traced = str(entry.ref), metric.version
+        store_result(self.folder, job.entry, job.metric.summarize(traces), about, traced)
         return Outcome("done", images=len(traces), seconds=time.perf_counter() - started)
+
+    def _traces(self, job: Job, subject: Subject) -> Traces:
+        mapped = job.chosen.source is not None
+
+        def read(m: Measurement, train: Measurement | None = None) -> Traces:
+            shown = subject.view(m.view)
+            traces = shown.completed(m.read(shown, self.grid.seed, mapped=mapped))
+            return replace(traces, train=read(train)) if train is not None else traces
+
+        varied = {name: read(*pair) for name, pair in job.variations.items()}
+        return replace(read(job.own, job.train), variations=varied)
+
+    def _end(self, entry: Entry, outcome: Outcome, identity: str = "") -> None:
+        end_metric(self.folder, entry, outcome, identity, self.listen)
+
+
+def _passes(jobs: Sequence[Job]) -> list[list[Measurement]]:
+    """What is measured together, each pass once: the measured images first."""
+    found: dict[str, dict[int, Measurement]] = {}
+    for job in jobs:
+        for m in job.measurements:
+            found.setdefault(m.view.name, {})[id(m)] = m
+    return [list(group.values()) for group in found.values()]
+
+
+def _lacking(subject: Subject, chosen: Chosen) -> str:
+    """Why a metric can't be tried on a subject; "" when it can."""
+    _, measured = chosen.measured
+    if reason := subject.lacks(chosen.metric) or subject.lacks(measured):
+        return reason
+    try:
+        measured.sample(*_sizes(subject))
+    except DoesNotApply as error:
+        return error.message
+    return ""
+
+
+def _sizes(subject: Subject) -> tuple[int, list[int] | None]:
+    ids, labels = subject.listed()
+    return len(ids), labels
+
+
+def _measured_outcome(job: Job) -> Outcome | None:
+    """How a metric ended that could not be measured; None when its traces are complete."""
+    for m in job.measurements:
+        c = m.collector
+        if c is not None and c.failure is not None:
+            return Outcome("failed", c.failure.message, "", c.failure.details)
+        if c is not None and not c.applies:
+            return Outcome("does not apply", next(iter(c.reasons.values()), "the model has no such layers"))
+        if c is None and m.traces.rows() is None:
+            return Outcome("does not apply", f"'{m.entry.ref}' does not apply")
+    return None

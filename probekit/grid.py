@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from probekit.plugins.catalog import Catalog, Entry
 
 
-SETTINGS = ("limit", "seed", "dtype", "image_size", "on_bad_image", "allow_unwatched")
+SETTINGS = ("limit", "train", "train_limit", "seed", "dtype", "image_size", "on_bad_image", "allow_unwatched")
 
 
 class Grid(BaseModel):
@@ -29,6 +29,8 @@ class Grid(BaseModel):
     datasets: list[str] = Field(min_length=1)
     metrics: list[str] = ["all"]
     limit: int | None = Field(None, ge=1)
+    train: str | None = None
+    train_limit: int | None = Field(None, ge=1)
     seed: int = Field(0, ge=0)
     batch_size: int | None = Field(None, ge=1)
     device: str = "auto"
@@ -130,6 +132,7 @@ class Resolved:
     models: tuple[Entry, ...]
     metrics: tuple[Entry, ...]
     datasets: tuple[Entry, ...]
+    train: Entry | None = None
 
     def names(self) -> dict[str, list[str]]:
         return {k: [str(e.ref) for e in getattr(self, k)] for k in ("models", "metrics", "datasets")}
@@ -142,6 +145,7 @@ def resolve(grid: Grid, catalog: Catalog) -> Resolved:
         _distinct(catalog.select("models", grid.models)),
         _distinct(catalog.select("metrics", grid.metrics)),
         _distinct([catalog.dataset(name) for name in grid.datasets]),
+        catalog.dataset(grid.train) if grid.train else None,
     )
 
 

@@ -6,7 +6,7 @@ computed when it is first asked for. What a metric doesn't declare in `needs` is
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -123,7 +123,7 @@ class Layer:
 
         Not defined on windows.
         """
-        if self.info.windows > 1:
+        if self.info.windows > 1 or self.info.masked:
             raise DoesNotApply(f"'{self.info.name}' has windowed attention and no single full map")
         group = self._spatial().groups[0]
         full = self._get("scores").full()
@@ -146,11 +146,22 @@ class Layer:
     @cached_property
     def prefix_mass(self) -> Tensor:
         """Attention that patch queries give to prefix tokens, mean over queries, (B, H): what
-        renormalisation hides."""
-        full = self.attention_full
-        queries = full.size(-2) - self.info.tokens
-        keys = full.size(-1) - len(self.info.groups[0].keys[0])
-        return full[:, :, queries:, :keys].sum(-1).mean(-1)
+        renormalisation hides. Zero where there is no prefix.
+
+        Raises `DoesNotApply` for prefix tokens inside windows, or beside keys that are padding.
+        """
+        info, s = self._spatial(), self._get("scores")
+        if not info.prefix:
+            return torch.zeros(self.batch, self.heads, device=self._device)
+        if info.windows > 1 or info.masked or info.padded:
+            raise DoesNotApply(f"prefix tokens of '{info.name}' stand in windows or beside padding")
+        group, keys = info.groups[0], (s.k if s.k is not None else s.probabilities.mT).size(2)
+        beside = np.setdiff1d(np.arange(keys), group.keys[0])[None]
+        s = self._cut(replace(group, keys=beside))
+        if s.probabilities is not None:
+            return s.probabilities.float().sum(-1).mean(-1)
+        log_mass = self.attention_stats.log_mass
+        return attention.share_beside(s.q, s.k, scale=s.scale, bias=s.bias, log_mass=log_mass).mean(-1)
 
     @property
     def q(self) -> Tensor:
@@ -229,6 +240,28 @@ class Layer:
         """(B*G, ...) -> (B, G, ...)."""
         return values.unflatten(0, (-1, self.window_count))
 
+    def pick(self, images: Sequence[int]) -> Layer:
+        """The same layer of some of its images only."""
+        if self.group is not None:
+            raise MetricError(f"windows of '{self.info.name}' can't be picked by image")
+        index = torch.as_tensor(images, device=self._device)
+
+        def picked(value: object) -> object:
+            if isinstance(value, Scores):
+                return Scores(
+                    picked(value.q),
+                    picked(value.k),
+                    value.scale,
+                    picked(value.bias),
+                    picked(value.probabilities),
+                )
+            if not isinstance(value, Tensor) or value.size(0) % self.batch or value.size(0) < self.batch:
+                return value  # what is shared by all images
+            return value.unflatten(0, (self.batch, -1)).index_select(0, index).flatten(0, 1)
+
+        captured = {name: picked(value) for name, value in self.captured.items()}
+        return replace(self, batch=len(images), captured=captured)
+
     # ------------------------------------------------------------------ private
 
     @property
@@ -271,11 +304,16 @@ class Layer:
     @cached_property
     def _restricted(self) -> Scores:
         """The scores among this group's patch tokens only."""
-        group, s = self._single_group(), self._get("scores")
-        pick = _Pick(group, self.info.windows)
+        return self._cut(self._single_group())
+
+    def _cut(self, group: WindowGroup) -> Scores:
+        """The scores of a group's queries and keys."""
+        s, pick = self._get("scores"), _Pick(group, self.info.windows)
         if s.probabilities is not None:
             return Scores(probabilities=pick.pairs(s.probabilities))
-        bias = pick.pairs(s.bias) if s.bias is not None else None
+        bias = s.bias
+        if bias is not None:
+            bias = pick.pairs(bias.expand(-1, -1, s.q.size(2), s.k.size(2)))
         return Scores(pick.rows(s.q), pick.columns(s.k), s.scale, bias)
 
     def _heads_view(self, t: Tensor, *, keys: bool = False) -> Tensor:

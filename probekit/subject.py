@@ -5,27 +5,32 @@ from __future__ import annotations
 import contextlib
 import platform
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from importlib import metadata
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from probekit.anatomy import Anatomy
 from probekit.datasets import images as image_loading
 from probekit.datasets.dataset import BadImage, Dataset, select
+from probekit.engine import numerics
 from probekit.errors import DataError, WatchError
 from probekit.events import Event, Listener
 from probekit.grid import Grid
-from probekit.metric import Metric, Row
+from probekit.metric import Metric, Row, Traces, Variation
 from probekit.models.model import Model, load_model
 from probekit.plugins.catalog import Catalog, Entry
 from probekit.specs import ModelSpec, Preprocessing
+from probekit.store.cells import MEASURED
 from probekit.watch import Visitor, Watcher
 
-LACKING = "the capture holds no"
-"""How the reason begins of a metric that another capture could give."""
+TRAIN_SHARE = 4
+"""With ``--limit N`` and no ``--train-limit``, probes are trained on this many times N images."""
 
 
 class Source(Protocol):
@@ -64,20 +69,49 @@ class Subject(Protocol):
     def about(self, source: Source, batch_size: int) -> dict[str, Any]:
         """What cell.json says."""
 
+    def view(self, view: View) -> Subject:
+        """The same model on other images, or changed."""
+
+    def active(self) -> AbstractContextManager[None]:
+        """Around every forward pass: precision, and the model as the view wants it."""
+
+    def listed(self) -> tuple[list[str], list[int] | None]:
+        """Ids and labels of the images, in the order of `indices`."""
+
+    def completed(self, traces: Traces) -> Traces:
+        """Traces with what the dataset knows of their images: class names, cues, masks."""
+
+
+@dataclass(frozen=True)
+class View:
+    """Which images a pass shows, and with which change."""
+
+    split: Literal["measured", "train"] = "measured"
+    variation: Variation | None = None
+
+    @property
+    def name(self) -> str:
+        """Of its folder: ``all``, ``train``, ``all~noise-0.30``."""
+        images = MEASURED if self.split == "measured" else self.split
+        return f"{images}~{self.variation.name}" if self.variation else images
+
 
 @dataclass
 class Live:
     """A `Subject` that is forwarded. Make one with `load`."""
 
-    model_name: str
-    dataset_name: str
+    entry: Entry
     model: Model
-    pack: str
-    dataset: Dataset
+    dataset_entry: Entry
+    measured: Dataset
+    train: Dataset | None
     indices: list[int]
     grid: Grid
+    catalog: Catalog
     device: torch.device
     listen: Listener
+    shown: View = View()
+    _watched: list[tuple[Watcher, Tensor]] = field(default_factory=list)  # shared by all views
 
     @classmethod
     def load(
@@ -88,15 +122,32 @@ class Live:
         catalog: Catalog,
         device: torch.device,
         listen: Listener,
+        train: Dataset | None = None,
     ) -> Live:
-        """Load the model. Raises `DataError` for a dataset without images, and what `load_model` raises."""
+        """Load the model. `train` is the train split of a dataset without its own.
+
+        Raises `DataError` for a dataset without images, and what `load_model` raises.
+        """
         entry, images = dataset
         indices = select(len(images), grid.limit)
         if not indices:
             raise DataError(f"dataset '{entry.ref}' has no images")
         loaded = load_model(model.ref, catalog, seed=grid.seed, image_size=grid.image_size)
-        pack = f"{model.pack} {model.version}".strip()
-        return cls(str(model.ref), str(entry.ref), loaded, pack, images, indices, grid, device, listen)
+        own = images.train if images.train is not None else train
+        return cls(model, loaded, entry, images, own, indices, grid, catalog, device, listen)
+
+    @property
+    def dataset(self) -> Dataset:
+        """The one whose images are shown."""
+        return self.train if self.shown.split == "train" else self.measured
+
+    @property
+    def model_name(self) -> str:
+        return str(self.entry.ref)
+
+    @property
+    def dataset_name(self) -> str:
+        return str(self.dataset_entry.ref)
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -114,10 +165,91 @@ class Live:
         }
 
     def lacks(self, metric: Metric) -> str:
-        return ""
+        data, needed = self.measured, metric.requires
+        if "labels" in needed and data.labels is None:
+            return "the dataset has no labels"
+        if "cues" in needed and not {"shape", "texture"} <= set(data.cues):
+            return "the dataset doesn't say which shape and which texture its images show"
+        if "masks" in needed and not data.has_masks:
+            return "the dataset has no masks"
+        if "train" not in needed:
+            return ""
+        if self.train is None:
+            return "the dataset has no train split (`--train DATASET` names one)"
+        if "masks" in needed:
+            return "" if self.train.has_masks else "the train split has no masks"
+        if self.train.labels is None:
+            return "the train split has no labels"
+        return "" if self._trainable else "no class of the train split is one of the dataset's"
+
+    # ------------------------------------------------------------------ views
+
+    def view(self, view: View) -> Live:
+        if view.split == "measured":
+            return replace(self, shown=view)
+        # masks have no one class an image
+        usable = list(self._trainable) if self.train.labels is not None else list(range(len(self.train)))
+        limit = self.grid.train_limit or (self.grid.limit and TRAIN_SHARE * self.grid.limit)
+        chosen = [usable[k] for k in select(len(usable), limit)]
+        return replace(self, indices=chosen, shown=view)
+
+    @cached_property
+    def _trainable(self) -> dict[int, int]:
+        """Label of each train image, in the numbering of the measured dataset, where it has that class."""
+        train, classes = self.train, self.measured.classes
+        if classes is None or train.classes is None:
+            same = dict(enumerate(train.labels)) if classes is train.classes else {}
+            return {i: int(label) for i, label in same.items()}
+        numbers = [self.measured.class_of(name) for name in train.classes]
+        found = ((i, numbers[label]) for i, label in enumerate(train.labels))
+        return {i: number for i, number in found if number is not None}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        change = self.shown.variation.model if self.shown.variation else None
+        with numerics(self.device, self.grid.dtype):
+            if change is None:
+                yield
+                return
+            module, anatomy = self.model.module, self.watch()[0].anatomy
+            before = {name: value.clone() for name, value in module.state_dict().items()}
+            try:
+                change(module, self._fresh, anatomy)
+                yield
+            finally:
+                module.load_state_dict(before)
+
+    def _fresh(self) -> nn.Module:
+        """The same architecture with random weights of another seed."""
+        ref = replace(self.entry.ref, weights="random")
+        made = load_model(ref, self.catalog, seed=self.grid.seed + 1, image_size=self.grid.image_size)
+        return made.module.to(self.device)
+
+    def listed(self) -> tuple[list[str], list[int] | None]:
+        ids, labels = [self.dataset.ids[i] for i in self.indices], self.dataset.labels
+        if labels is None:
+            return ids, None
+        if self.shown.split == "train":
+            return ids, [self._trainable[i] for i in self.indices]
+        return ids, [int(labels[i]) for i in self.indices]
+
+    def completed(self, traces: Traces) -> Traces:
+        place = {self.dataset.ids[i]: i for i in self.indices}
+        cues = {
+            cue: [int(numbers[place[id]]) for id in traces.images]
+            for cue, numbers in self.dataset.cues.items()
+        }
+
+        def mask(position: int) -> np.ndarray:
+            return image_loading.masks(self.dataset, place[traces.images[position]], self.preprocessing)
+
+        has_masks = self.dataset.has_masks
+        return replace(traces, classes=self.measured.classes, cues=cues, mask=mask if has_masks else None)
 
     def watch(self) -> tuple[Watcher, Tensor]:
         """The plan is made on the first two images that can be read, whatever shard is measured next."""
+        if self._watched:
+            return self._watched[0]
         found: list[Tensor] = []
         for batch in self.batches(self.indices, 1):
             found += list(batch.pixels)
@@ -136,6 +268,7 @@ class Live:
         check_spec(self.model.spec, watcher.anatomy)
         for warning in watcher.anatomy.warnings:
             self.listen(Event("warning", self.model_name, self.dataset_name, text=warning))
+        self._watched.append((watcher, pixels))
         return watcher, pixels
 
     def batches(
@@ -148,6 +281,7 @@ class Live:
             batch_size=batch_size,
             workers=workers,
             on_bad=self.grid.on_bad_image,
+            variant=self.shown.variation.pixels if self.shown.variation else None,
         )
         try:
             with contextlib.closing(source):
@@ -163,12 +297,13 @@ class Live:
             "objective": spec.objective if spec else "other",
             "citation": spec.citation if spec else None,
             "licence": spec.weights.licence if spec and spec.weights else None,
-            "pack": self.pack,
+            "pack": f"{self.entry.pack} {self.entry.version}".strip(),
             "anatomy": source.anatomy.to_json(),
             "ids": [dataset.ids[i] for i in self.indices],
             "labels": [int(dataset.labels[i]) for i in self.indices] if dataset.labels is not None else None,
             "classes": list(dataset.classes) if dataset.classes is not None else None,
             "notes": list(dataset.notes),
+            "train": self.train.name if self.train is not None else None,
             "batch_size": batch_size,
             "device": device_name(self.device),
             "versions": versions(),

@@ -352,6 +352,7 @@ def result_attributes(metric: Metric, traces: Traces) -> dict[str, Any]:
         "conventions": canonical_json(dict(metric.conventions)),
         "options": canonical_json(dict(getattr(metric, "options", {}))),
         "images": len(traces.images),
+        **({"of": traces.of} if traces.of else {}),
         "interval": _interval_text(traces.seed),
         "ddof": 1,
     }

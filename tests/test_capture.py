@@ -33,6 +33,7 @@ from probekit.store.writing import RunLock, read_shard
 from probekit.watch import Visitor
 
 ROOT = Path(capturing.__file__).parents[1]
+STREAMED = ("attention_distance", "nmi", "fourier")
 EVERYTHING = "attention,tokens_in,tokens_mid,tokens_out"
 
 MODELS = '''
@@ -194,7 +195,7 @@ def captured(
     return capture(resolved, catalog, out, sites=sites, layers=layers, dtype=dtype, listen=listen)
 
 
-def live(place, catalog, out, model="vit", metrics=("all",), **changes):
+def live(place, catalog, out, model="vit", metrics=STREAMED, **changes):
     return execute(resolve(grid(place, model, metrics=list(metrics), **changes), catalog), catalog, out)
 
 
@@ -209,7 +210,7 @@ def tree(folder):
 def both(place, catalog, tmp_path, model, dtype="float32", **changes):
     """Traces of every metric, of a live run and of a replay."""
     captured(place, catalog, tmp_path / "c", model, dtype=dtype, **changes)
-    replayed = replay(tmp_path / "c", ["all"], catalog, tmp_path / "r")
+    replayed = replay(tmp_path / "c", STREAMED, catalog, tmp_path / "r")
     run = live(place, catalog, tmp_path / "l", model, **changes)
     assert {c.outcome.status for c in [*run.cells(), *replayed.cells()]} == {"done"}
     return {m: (run.traces(m), replayed.traces(m)) for m in run.metrics}
@@ -502,13 +503,13 @@ def test_a_layer_is_read_back_as_the_watcher_gave_it(place, catalog, tmp_path):
 
 def test_a_metric_that_needs_more_does_not_apply_until_a_capture_holds_it(place, catalog, tmp_path):
     captured(place, catalog, tmp_path / "c", sites="attention,tokens_out")
-    run = replay(tmp_path / "c", ["all"], catalog, tmp_path / "r")
+    run = replay(tmp_path / "c", STREAMED, catalog, tmp_path / "r")
     outcomes = {c.metric: c.outcome for c in run.cells()}
     assert outcomes["nmi"].status == outcomes["attention_distance"].status == "done"
     assert outcomes["fourier"].status == "does not apply"
     assert outcomes["fourier"].reason == "the capture holds no 'tokens_in'"
     captured(place, catalog, tmp_path / "more", sites="tokens_in,tokens_mid,tokens_out")
-    run = replay(tmp_path / "more", ["all"], catalog, tmp_path / "r")
+    run = replay(tmp_path / "more", STREAMED, catalog, tmp_path / "r")
     assert {c.metric: c.outcome.status for c in run.cells()} == dict.fromkeys(outcomes, "done")
 
 

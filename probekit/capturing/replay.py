@@ -11,6 +11,8 @@ in float32 come the same bits as from the model (same device, batch size and lib
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +31,20 @@ from probekit.capturing.activations import (
     token_source,
 )
 from probekit.datasets.images import Bad, Batch
-from probekit.engine import pick_device
+from probekit.engine import numerics, pick_device
 from probekit.errors import StoreError, UsageError
 from probekit.events import Listener, nobody
-from probekit.execution import make_metric, run_cell
+from probekit.execution import choose_metrics, run_cell
 from probekit.grid import Resolved, make_grid
 from probekit.layer import Layer, Scores
-from probekit.metric import Metric, Row
+from probekit.metric import Metric, Row, Traces
 from probekit.names import parse_dataset, parse_model
 from probekit.plugins.catalog import Catalog, Entry
 from probekit.store.cells import CellFolder, identity_hash
 from probekit.store.runfolder import Run, create_run
 from probekit.store.shards import map_shard
 from probekit.store.writing import RunLock, read_shard, shard_problem
-from probekit.subject import LACKING, device_name, versions
+from probekit.subject import View, device_name, versions
 from probekit.watch import Visitor
 
 _AGAIN = "the same `probekit capture` command writes what is missing"
@@ -126,7 +128,7 @@ class Captured:
             raise UsageError(f"image {int(numbers[self._shard[numbers] < 0][0])} is not in the capture")
         for visitor in visitors:
             if lacking := self._lacking(visitor):
-                raise UsageError(f"{LACKING} '{lacking}'")
+                raise UsageError(f"the capture holds no '{lacking}'")
         captures = frozenset().union(*(v.captures for v in visitors))
         self._needed = {f"{one.group}/{name}" for one in self.layers for name in one.stored(captures)}
         sites = [v for v in visitors if "tokens" in v.needs]
@@ -214,7 +216,26 @@ class Captured:
 
     def lacks(self, metric: Metric) -> str:
         lacking = self._lacking(Visitor(frozenset(metric.needs), lambda layer: None))
-        return f"{LACKING} '{lacking}'" if lacking else ""
+        if lacking:
+            return f"the capture holds no '{lacking}'"
+        if "labels" in metric.requires and self.info["labels"] is None:
+            return "the captured images have no labels"
+        beyond = sorted(set(metric.requires) - {"labels"})
+        if beyond or metric.variations():
+            return f"a capture holds the measured images alone, no {beyond[0] if beyond else 'variations'}"
+        return ""
+
+    def view(self, view: View) -> Captured:
+        return self
+
+    def active(self) -> AbstractContextManager[None]:
+        return numerics(self.device, self.info["settings"]["dtype"] or "float32")
+
+    def listed(self) -> tuple[list[str], list[int] | None]:
+        return self.info["ids"], self.info["labels"]
+
+    def completed(self, traces: Traces) -> Traces:
+        return replace(traces, classes=self.info["classes"])
 
     def watch(self) -> tuple[Captured, Tensor]:
         held = np.flatnonzero(self._shard >= 0)
@@ -322,7 +343,7 @@ def replay(
     """
     captured = Captured(Path(path), pick_device(device))
     entries = catalog.select("metrics", metrics)
-    made = [(entry, make_metric(entry, catalog)) for entry in entries]
+    made = choose_metrics(entries, catalog)
     settings = {k: v for k, v in captured.info["settings"].items() if v is not None}
     names = {
         "models": [captured.model],

@@ -128,24 +128,22 @@ def shards(run: Run, cell: Cell) -> tuple[int, int]:
     """How many shards of a cell's trace exist, and how many there will be (0 before it has begun)."""
     from probekit.store.cells import TraceFolder
     from probekit.store.runfolder import shard_size
+    from probekit.store.shards import shard_ranges
 
     about = run.about(cell.model, cell.dataset)
     images = len(about.get("ids", ()))
     if not images:
         return 0, 0
     folder = run.folder(cell.model, cell.dataset)
-    total = TraceFolder(folder.path, {}, images, shard_size(images))
     versions = set()
     for path in (folder.path / "traces").glob("*-v*"):
         versions |= {int(v) for v in re.findall(r"-v(\d+)", path.name)}
-    have = [
-        sum(
-            TraceFolder(folder.trace(cell.metric, v), {}, images, shard_size(images)).shard(i).exists()
-            for i in range(len(total.ranges))
-        )
-        for v in versions
-    ]
-    return max(have, default=0), len(total.ranges)
+    found = [(0, len(shard_ranges(images, shard_size(images))))]
+    for version in versions:
+        traces = TraceFolder(folder.trace(cell.metric, version), {}, images, shard_size(images)).as_written()
+        have = sum(traces.shard(i).exists() for i in traces.shards)
+        found += [(have, len(traces.shards))] if have else []
+    return max(found)
 
 
 def _cell_json(run: Run, cell: Cell) -> dict[str, Any]:

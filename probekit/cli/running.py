@@ -37,6 +37,12 @@ def run_command(
         list[str] | None, typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many images, evenly spaced.")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="The dataset probes are trained on, where one has no train split.")
+    ] = None,
+    train_limit: Annotated[
+        int | None, typer.Option(help="Train on this many images; by default 4 x --limit.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The run's folder.")] = None,
     replay: Annotated[
         Path | None, typer.Option(help="Measure captured activations instead of a model.")
@@ -61,6 +67,7 @@ def run_command(
       probekit run --model moco:vit-b16@random --metrics all --dataset folder:photos --limit 64
       probekit run --model simmim:vit-b16@/data/simmim.pth --metrics nmi,fourier --dataset folder:val
       probekit run grid.yaml --out runs/paper --device cuda --dtype bfloat16
+      probekit run --model simmim@random --metrics linear_probe --dataset cifar10:cifar10.zip --limit 1000
       probekit run --replay captures/moco --metrics nmi
 
     \b
@@ -77,7 +84,7 @@ def run_command(
     given = {
         "models": model, "metrics": metrics, "datasets": dataset, "limit": limit, "batch_size": batch_size,
         "device": device, "dtype": dtype, "image_size": parse_size(image_size) if image_size else None,
-        "seed": seed, "workers": workers,
+        "seed": seed, "workers": workers, "train": train, "train_limit": train_limit,
         "on_bad_image": on_bad_image, "allow_unwatched": allow_unwatched or None,
     }  # fmt: skip
     given = {key: value for key, value in given.items() if value is not None}
@@ -143,7 +150,7 @@ class Shown:
             self.say(f"  {event.model}: failed: {event.text}")
         if self.progress is None:
             return
-        name = f"{event.model} x {event.dataset}"
+        name = f"{event.model} x {event.dataset}" + (f" ({event.text})" if event.text else "")
         if event.kind == "cell":
             label = name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}"
             self._task = self.progress.add_task(label, total=event.total, completed=event.done, start=True)
@@ -203,7 +210,7 @@ def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) ->
         return 0
     from probekit.store.sealing import human_bytes
 
-    passes = sum(f.remaining > 0 for f in found)
+    passes = sum(f.passes for f in found)
     seconds = sum(f.seconds for f in found)
     cost = (
         f"about {_duration(seconds)}, {human_bytes(sum(f.bytes for f in found))} kept"
@@ -212,7 +219,8 @@ def _dry_run(found: list[Forecast], folder: Path, counts: str, as_json: bool) ->
     )
     typer.echo(f"  {counts}: {passes} {'pass' if passes == 1 else 'passes'}, {cost} in {folder}")
     for f in found:
-        typer.echo(f"  {f.model} x {f.dataset}")
+        times = f", {f.passes} passes with train images and variations" if f.passes > 1 else ""
+        typer.echo(f"  {f.model} x {f.dataset}{times}")
         typer.echo(f"    {f.remaining} of {f.images} images to measure: {', '.join(f.metrics) or 'nothing'}")
         if f.skipped:
             typer.echo(f"    already there: {', '.join(f.skipped)}")

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +21,12 @@ import numpy as np
 from probekit.errors import StoreError
 from probekit.metric import Row, Traces
 from probekit.names import slug
+from probekit.store.mapped import VALUES, mapped_values
 from probekit.store.shards import canonical_json, shard_problem
 from probekit.store.writing import read_json, read_shard, seal_json, shard_name, shard_ranges
 
 FORMAT_VERSION = 1
-SPLIT = "all"
+MEASURED = "all"
 
 Status = Literal["done", "failed", "does not apply", "unfinished"]
 
@@ -57,9 +58,10 @@ class CellFolder:
     def path(self) -> Path:
         return self.root / "cells" / slug(self.model) / slug(self.dataset)
 
-    def trace(self, metric: str, version: int) -> Path:
+    def trace(self, metric: str, version: int, images: str = MEASURED) -> Path:
+        """Where a metric's traces are; `images` names others than the measured ones (`Pass.name`)."""
         name, *options = metric.rpartition("/")[2].split(":", 1)
-        return self.path / "traces" / slug(":".join((f"{name}-v{version}", *options))) / SPLIT
+        return self.path / "traces" / slug(":".join((f"{name}-v{version}", *options))) / images
 
     def result(self, metric: str) -> Path:
         return self.path / "results" / f"{slug(metric)}.nc"
@@ -111,16 +113,33 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TraceFolder:
-    """The shards of one metric on one cell."""
+    """The shards of one metric on one cell.
+
+    sample: the images measured, of all `images`; None for every one. A shard none of them falls into doesn't
+            exist
+    """
 
     path: Path
     identity: Mapping[str, Any]
     images: int
     per_shard: int
+    sample: tuple[int, ...] | None = None
 
     @property
     def ranges(self) -> list[range]:
         return shard_ranges(self.images, self.per_shard)
+
+    def held(self, index: int) -> list[int]:
+        """Images that shard `index` is for."""
+        images = self.ranges[index]
+        return list(images) if self.sample is None else [i for i in self.sample if i in images]
+
+    @property
+    def shards(self) -> list[int]:
+        """Numbers of the shards there should be."""
+        if self.sample is None:
+            return list(range(len(self.ranges)))
+        return sorted({i // self.per_shard for i in self.sample})
 
     def shard(self, index: int) -> Path:
         return self.path / shard_name(index)
@@ -133,7 +152,7 @@ class TraceFolder:
         """Shards still to be measured, and what is wrong with those that exist but can't be kept."""
         wanted, problems = [], []
         described = self.rows() is not None
-        for index in range(len(self.ranges)):
+        for index in self.shards:
             problem = shard_problem(self.shard(index), self.expected(index), verify=True)
             if problem is None and described:
                 continue
@@ -158,17 +177,29 @@ class TraceFolder:
             "rows": [asdict(row) for row in rows],
             "constants": {name: _listed(value) for name, value in constants.items()},
             "reasons": dict(reasons),
+            **({"sample": list(self.sample)} if self.sample is not None else {}),
         }
         seal_json(self.path / "rows.json", content)
 
-    def read(self, ids: Sequence[str], labels: Sequence[int] | None, seed: int) -> Traces:
-        """All shards in dataset order."""
+    def as_written(self) -> TraceFolder:
+        """This folder with the sample that it was made with."""
+        sample = (self.rows() or {}).get("sample")
+        return replace(self, sample=tuple(sample) if sample is not None else None)
+
+    def read(
+        self, ids: Sequence[str], labels: Sequence[int] | None, seed: int, *, mapped: bool = False
+    ) -> Traces:
+        """All shards in dataset order; with `mapped` the values stay on disk until they are indexed."""
         about = self.rows()
-        shards = [read_shard(self.shard(i)) for i in range(len(self.ranges))]
-        full = [s.arrays for s in shards if len(s.arrays["index"])]
-        names = [n for n in full[0] if n.startswith("values/")] if full else []
-        values = {n.removeprefix("values/"): np.concatenate([a[n] for a in full]) for n in names}
-        kept = np.concatenate([s.arrays["index"] for s in shards])
+        values: dict[str, Any] = {}
+        if mapped:
+            kept, values = mapped_values([self.shard(i) for i in self.shards])
+        else:
+            shards = [read_shard(self.shard(i)) for i in self.shards]
+            kept = np.concatenate([s.arrays["index"] for s in shards])
+            full = [s.arrays for s in shards if len(s.arrays["index"])]
+            names = [n for n in full[0] if n.startswith(VALUES)] if full else []
+            values = {n.removeprefix(VALUES): np.concatenate([a[n] for a in full]) for n in names}
         rows = [Row(**{**r, "grid": tuple(r["grid"]), "stride": _floats(r["stride"])}) for r in about["rows"]]
         constants = {name: np.asarray(_floats(v), dtype=np.float64) for name, v in about["constants"].items()}
         return Traces(
@@ -178,12 +209,13 @@ class TraceFolder:
             [labels[i] for i in kept] if labels is not None else None,
             constants,
             seed,
+            of=self.images if self.sample is not None else 0,
         )
 
     def bad_images(self) -> list[dict[str, Any]]:
         """Images that could not be read, from every shard that exists."""
         found = []
-        for index in range(len(self.ranges)):
+        for index in self.shards:
             if self.shard(index).exists():
                 found += read_shard(self.shard(index), []).attrs.get("bad", [])
         return found

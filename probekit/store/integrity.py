@@ -80,9 +80,12 @@ def _promises(run: Run, damaged: set[Path], tally: Tally) -> Iterator[Fault]:
                 if not path.exists():
                     yield _fault(run, path, "the result is missing though its cell is done", _AGAIN)
                     continue
-                trace = folder.trace(metric, int(read_result(path).attrs.get("version", 1)))
-                shards = TraceFolder(trace, {}, images, shard_size(images))
-                for index in range(len(shards.ranges)):
+                said = read_result(path).attrs
+                source = said.get("source", metric), int(said.get("source_version", said.get("version", 1)))
+                shards = TraceFolder(folder.trace(*source), {}, images, shard_size(images))
+                with contextlib.suppress(Damaged):  # named already
+                    shards = shards.as_written()
+                for index in shards.shards:
                     if not shards.shard(index).exists():
                         gone = "the shard is missing though its cell is done"
                         yield _fault(run, shards.shard(index), gone, _AGAIN)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from probekit.errors import StoreError, UsageError
 from probekit.names import did_you_mean
-from probekit.store.cells import FORMAT_VERSION, CellFolder, Outcome, TraceFolder
+from probekit.store.cells import FORMAT_VERSION, MEASURED, CellFolder, Outcome, TraceFolder
 from probekit.store.shards import canonical_json
 from probekit.store.writing import read_json, seal_json
 
@@ -105,7 +105,9 @@ class Run:
         """(model, dataset, folder) of every trace that has begun."""
         for model in self.models:
             for dataset in self.datasets:
-                for rows in sorted((self.folder(model, dataset).path / "traces").glob("*/*/rows.json")):
+                for rows in sorted(
+                    (self.folder(model, dataset).path / "traces").glob(f"*/{MEASURED}/rows.json")
+                ):
                     yield model, dataset, rows.parent
 
     def traces(self, metric: str, *, model: str | None = None, dataset: str | None = None) -> Traces:
@@ -115,18 +117,27 @@ class Run:
         result = self.result(metric, model=model, dataset=dataset)
         about = self.about(model, dataset)
         path = self.folder(model, dataset).trace(metric, int(result.attrs["version"]))
+        if not path.exists():
+            raise StoreError(
+                f"'{metric}' keeps no values of its own",
+                hint="it is made from another metric's: see its page",
+            )
         count = len(about["ids"])
-        folder = TraceFolder(path, {}, count, shard_size(count))
+        folder = TraceFolder(path, {}, count, shard_size(count)).as_written()
         return folder.read(about["ids"], about["labels"], self.seed)
 
     def bad_images(self, model: str, dataset: str) -> list[dict[str, Any]]:
         """Images that could not be read in a cell: index, id and reason."""
         about = self.about(model, dataset)
+        found: dict[int, dict[str, Any]] = {}
         for name, where, path in self.trace_folders():
             if (name, where) == (model, dataset) and about:
                 count = len(about["ids"])
-                return TraceFolder(path, {}, count, shard_size(count)).bad_images()
-        return []
+                traces = TraceFolder(path, {}, count, shard_size(count)).as_written()
+                found |= {bad["index"]: bad for bad in traces.bad_images()}
+                if traces.sample is None:
+                    break  # it saw all images
+        return [found[index] for index in sorted(found)]
 
 
 def shard_size(total: int) -> int:

@@ -128,11 +128,13 @@ def map_dataset(path: Path, name: str) -> np.ndarray:
     return map_shard(path, [name])[name]
 
 
-def map_shard(path: Path, names: Sequence[str], *, verify: bool = False) -> dict[str, np.ndarray]:
-    """`map_dataset` of several datasets; with `verify` each is compared with its checksum."""
+def map_shard(
+    path: Path, names: Sequence[str] | None = None, *, verify: bool = False
+) -> dict[str, np.ndarray]:
+    """`map_dataset` of several datasets (default: all); with `verify` each is compared with its checksum."""
     places = {}
     with _opened(path) as (file, _, found):
-        for name in names:
+        for name in found if names is None else names:
             if name not in found:
                 raise StoreError(f"shard '{path}' has no dataset '{name}'", hint=f"it has {', '.join(found)}")
             dataset = file[name]

@@ -1,0 +1,129 @@
+"""How a metric ends on a cell: its result, or why there is none; and what compares the models of a run."""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from probekit.errors import DoesNotApply, ProbekitError
+from probekit.events import Event, Listener
+from probekit.metric import Metric, Traces
+from probekit.plugins.catalog import Entry
+from probekit.store.cells import CellFolder, Outcome, TraceFolder, identity_hash
+from probekit.store.results import write_result
+from probekit.store.runfolder import Run, shard_size
+from probekit.store.writing import read_shard
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+def store_result(
+    folder: CellFolder,
+    entry: Entry,
+    result: xr.Dataset,
+    about: Mapping[str, Any],
+    traced: tuple[str, int],
+) -> None:
+    """Seal a metric's result with where it comes from.
+
+    about: what the cell's file says; traced: name and version of the metric whose traces it was made from
+    """
+    result.attrs.update(
+        source=traced[0],
+        source_version=traced[1],
+        model=folder.model,
+        dataset=folder.dataset,
+        objective=about["objective"],
+        weights_sha256=about["identity"]["weights"],
+        images_fingerprint=about["identity"]["images"],
+        preprocessing=about["identity"]["preprocessing"],
+        dtype=about["identity"]["dtype"],
+        device=about["device"],
+        pack=f"{entry.pack} {entry.version}".strip(),
+        probekit=about["versions"].get("vit-probekit", ""),
+    )
+    write_result(folder.result(str(entry.ref)), result)
+
+
+def end_metric(folder: CellFolder, entry: Entry, outcome: Outcome, identity: str, listen: Listener) -> None:
+    """Record how a metric ended, and say so. `identity` is that of what its result is made of."""
+    name = str(entry.ref)
+    outcome = replace(outcome, pack=entry.pack, version=entry.version, trace=identity)
+    folder.end(name, outcome)
+    listen(Event("metric", folder.model, folder.dataset, name, outcome.reason, outcome=outcome))
+
+
+def contained(make: Callable[[], Outcome]) -> Outcome:
+    """The outcome `make` gives, or what went wrong in it. Raises what no cell can survive."""
+    try:
+        return make()
+    except DoesNotApply as reason:
+        return Outcome("does not apply", reason.message)
+    except ProbekitError as error:
+        if not error.contained:
+            raise
+        return Outcome("failed", error.message, error.hint or "")
+    except Exception as error:
+        text = f"'summarize' raised {type(error).__name__}: {error}"
+        return Outcome("failed", text, "", traceback.format_exc())
+
+
+@dataclass(frozen=True)
+class _Held:
+    """One model's complete traces of a metric, on disk."""
+
+    traces: TraceFolder
+    about: Mapping[str, Any]
+    identity: str
+
+    def read(self, seed: int) -> Traces:
+        return self.traces.read(self.about["ids"], self.about["labels"], seed, mapped=True)
+
+
+def compare_models(run: Run, entry: Entry, metric: Metric, traced: tuple[str, int], listen: Listener) -> None:
+    """Summarise a metric that looks at all models of a run (`Metric.others`), where one is new.
+
+    traced: name and version of the metric whose traces it takes
+    """
+    for dataset in run.datasets:
+        held = {model: _held(run, model, dataset, traced) for model in run.models}
+        complete = {model: one for model, one in held.items() if one is not None}
+        tag = {"metric": entry.qualified, "version": metric.version, "options": dict(entry.options)}
+        together = {model: one.identity for model, one in complete.items()}
+        for model, one in complete.items():
+            folder, name = run.folder(model, dataset), str(entry.ref)
+            identity = identity_hash({**tag, "model": model, "traces": together})
+            before = folder.outcome(name)
+            if before.trace == identity and before.status == "done" and folder.result(name).exists():
+                continue
+
+            def summarise(model: str = model, one: _Held = one, folder: CellFolder = folder) -> Outcome:
+                started = time.perf_counter()
+                others = {m: o.read(run.seed) for m, o in complete.items() if m != model}
+                traces = replace(one.read(run.seed), others=others)
+                store_result(folder, entry, metric.summarize(traces), one.about, traced)
+                return Outcome("done", images=len(traces), seconds=time.perf_counter() - started)
+
+            end_metric(folder, entry, contained(summarise), identity, listen)
+
+
+def _held(run: Run, model: str, dataset: str, traced: tuple[str, int]) -> _Held | None:
+    folder, about = run.folder(model, dataset), run.about(model, dataset)
+    if not about:
+        return None
+    count = len(about["ids"])
+    traces = TraceFolder(folder.trace(*traced), {}, count, shard_size(count))
+    if traces.rows() is None:
+        return None
+    traces = traces.as_written()
+    if not all(traces.shard(k).exists() for k in traces.shards):
+        return None
+    said = read_shard(traces.shard(traces.shards[0]), []).attrs
+    return _Held(traces, about, identity_hash({k: said[k] for k in sorted(said) if k not in _OF_SHARD}))
+
+
+_OF_SHARD = {"start", "stop", "bad"}
