@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from probekit import attention as core
+from probekit.engine import collector, measure_batch
 from probekit.errors import DoesNotApply, MetricError, ProbekitError
 from probekit.layer import Layer, Scores
-from probekit.metric import Metric
+from probekit.metric import Metric, Traces
 from probekit.testing import TinyViT, make_layer
 from probekit.watch.observe import CAPTURES
+
+REQUIRED = frozenset({"labels", "train", "cues", "masks"})
 
 
 def check(metric: Metric | type[Metric]) -> None:
@@ -22,6 +26,10 @@ def check(metric: Metric | type[Metric]) -> None:
     found = _made(metric)
     name = found.name
     _check_attributes(found)
+    if found.source or "train" in found.requires or "masks" in found.requires:
+        _check_summary(found)
+    if found.source:
+        return
     applied = 0
     reason = ""
     for label, layer in _layers(found):
@@ -32,7 +40,8 @@ def check(metric: Metric | type[Metric]) -> None:
             reason = error.message
     if not applied:
         raise MetricError(f"metric '{name}' applies to no layer of a plain ViT: {reason}")
-    _check_probe(found)
+    if not found.requires and not found.variations():
+        _check_probe(found)
 
 
 def _made(metric: Metric | type[Metric]) -> Metric:
@@ -66,6 +75,15 @@ def _check_attributes(metric: Metric) -> None:
 
     if not isinstance(metric.version, int) or isinstance(metric.version, bool) or metric.version < 1:
         raise wrong(f"'version' is {metric.version!r}, not a whole number from 1")
+    unheard = sorted(set(metric.requires) - REQUIRED)
+    if unheard:
+        raise wrong(f"'requires' names '{unheard[0]}', not one of {', '.join(sorted(REQUIRED))}")
+    if metric.source:
+        if cls.summarize is Metric.summarize:
+            raise wrong(f"it draws on '{metric.source}' but has no 'summarize'")
+        if cls.measure is not Metric.measure or metric.needs or metric.dims:
+            raise wrong(f"it draws on '{metric.source}', so 'measure', 'needs' and 'dims' are never used")
+        return
     needs = getattr(metric, "needs", None)
     if not isinstance(needs, (set, frozenset)) or not needs:
         raise wrong(f"'needs' is {needs!r}, not a set of fields such as {{'attention'}}")
@@ -123,6 +141,12 @@ def _layers(metric: Metric) -> list[tuple[str, Callable[[slice | Tensor], Layer]
         parts = {n: t[which].flatten(0, 1) for n, t in (("q", wq), ("k", wk), ("v", wv))}
         return make_layer(**parts, tokens=tokens[which, 1:], grid=(6, 6), window=3)
 
+    def output(which: Any) -> Layer:
+        layer = whole(which)
+        return replace(layer, captured={"output": tokens[which, 0]})
+
+    if "output" in metric.needs:
+        return [("a model's output", output)]
     return [
         ("a layer", whole),
         ("a layer with maps", given),
@@ -142,7 +166,7 @@ def _check_measure(metric: Metric, label: str, make: Callable[[Any], Layer]) -> 
             ("with the images in another order", shuffled[n], value[order]),
             ("in another batch", torch.cat([h[n] for h in halves]), value),
         ):
-            if not torch.allclose(other, expected, rtol=1e-3, atol=1e-5):
+            if not torch.allclose(other, expected, rtol=1e-3, atol=1e-5, equal_nan=metric.holes):
                 raise MetricError(f"metric '{metric.name}': '{n}' of an image changes {what}, on {label}")
 
 
@@ -203,8 +227,58 @@ def _check_values(metric: Metric, label: str, layer: Layer, values: Any) -> None
             raise wrong(f"'{n}' is {tuple(value.shape)}, but the layer has {layer.heads} heads")
         if not value.is_floating_point():
             raise wrong(f"'{n}' is of {value.dtype}, not floating point")
-        if not bool(value.isfinite().all()):
+        if not bool((value.isfinite() | (value.isnan() & metric.holes)).all()):
             raise wrong(f"'{n}' is not finite")
+
+
+def _check_summary(metric: Metric) -> None:
+    """`summarize` on made-up images of three classes, with all that a dataset can offer."""
+    import xarray as xr
+
+    def wrong(what: str) -> MetricError:
+        return MetricError(f"metric '{metric.name}': {what}")
+
+    made = _guarded(f"metric '{metric.name}'", "summarize", metric.summarize, _made_up(metric))
+    if not isinstance(made, xr.Dataset):
+        raise wrong(f"'summarize' returned {type(made).__name__}, not an xarray.Dataset")
+    if metric.name not in made or made[metric.name].dims[:1] != ("layer",):
+        raise wrong(f"'summarize' gives no '{metric.name}' whose first axis is 'layer'")
+    if f"{metric.name}_curve" in made and made[f"{metric.name}_curve"].dims != ("layer",):
+        raise wrong(f"'{metric.name}_curve' is not one number per layer")
+
+
+def _made_up(metric: Metric) -> Traces:
+    """Traces of a `TinyViT` on noise that is brighter for each of three classes."""
+    from probekit.plugins.catalog import Catalog
+    from probekit.watch import Watcher
+
+    catalog = Catalog.load()
+    entry = catalog.metric(metric.source) if metric.source else None
+    source = catalog.resolve_target(entry)(**entry.options) if entry else metric
+    images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(2))
+    watcher = Watcher(TinyViT(), images)
+
+    def traces(count: int, seed: int) -> Traces:
+        labels = [i % 3 for i in range(count)]
+        noise = torch.randn(count, 3, 48, 48, generator=torch.Generator().manual_seed(seed))
+        taken = collector(source, watcher)
+        values = measure_batch(watcher, noise + torch.tensor(labels)[:, None, None, None], [taken])[0]
+        if taken.failure is not None:
+            raise MetricError(f"metric '{metric.name}': {taken.failure.message}")
+        ids = [f"{seed}-{i}" for i in range(count)]
+        shapes, textures = [i % 3 for i in range(count)], [(i + 1) % 3 for i in range(count)]
+
+        def mask(position: int) -> np.ndarray:
+            return np.indices((48, 48)).sum(0) // 32 % 3 - (position % 2)
+
+        return Traces(
+            values, taken.rows, ids, labels, taken.constants, 0, 0, ["a", "b", "c"],
+            cues={"shape": shapes, "texture": textures}, mask=mask,
+        )  # fmt: skip
+
+    train = traces(36, 3)
+    varied = {v.name: replace(traces(24, 4), train=train) for v in metric.variations()}
+    return replace(traces(24, 4), train=train, variations=varied, others={"another": traces(24, 4)})
 
 
 def _check_probe(metric: Metric) -> None:

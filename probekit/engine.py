@@ -52,6 +52,11 @@ class Collector:
     _values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
+    def of_output(self) -> bool:
+        """Whether it measures the model's output instead of its layers."""
+        return "output" in self.metric.needs
+
+    @property
     def visitor(self) -> Visitor:
         return Visitor(frozenset(self.metric.needs), self._visit)
 
@@ -223,14 +228,18 @@ def measure_batch(
     for number, c in enumerate(collectors):
         c.chosen = None if chosen is None else chosen[number]
     visiting = [c for c, n in zip(collectors, counts, strict=True) if c.failure is None and n]
-    source.run(pixels, [c.visitor for c in visiting])
+    out = source.run(pixels, [c.visitor for c in visiting if not c.of_output])
+    for c in visiting:
+        if c.of_output:
+            c._visit(source.output_layer(out, len(pixels)))
     return [c.take(n) for c, n in zip(collectors, counts, strict=True)]
 
 
 def collector(metric: Metric, source: Source) -> Collector:
     """A collector for a metric, its layer axis taken from the watched model or the capture."""
-    rows = source.site_rows() if "tokens" in metric.needs else source.layer_rows()
-    made = Collector(metric, list(metric.rows(rows)))
+    rows = {"tokens": source.site_rows, "output": source.output_rows}
+    axis = next((rows[need] for need in metric.needs if need in rows), source.layer_rows)
+    made = Collector(metric, list(metric.rows(axis())))
     try:
         made.visitor.captures  # noqa: B018  says so where a layer has no such field
     except ProbekitError as error:

@@ -205,6 +205,11 @@ class Layer:
         """The residual stream at this token site, (B, N, C)."""
         return self._get("tokens")
 
+    @property
+    def output(self) -> Tensor:
+        """What the model returns, (B, K) float32: class scores where it has a classifier."""
+        return self._get("output").float()
+
     def prefix_tokens(self, site: str = "tokens") -> Tensor:
         """Prefix tokens (CLS first) of `site`, (B, P, C)."""
         return self._get(f"prefix:{site}")

@@ -146,6 +146,7 @@ class MetricSpec(Spec):
     """`target` is a `probekit.Metric` class; options are its constructor's keyword arguments."""
 
     figure: str | None = None  # the paper's figure
+    on_request: bool = False  # not meant by `all`: made for other metrics, or dear
 
 
 class DatasetSpec(Spec):
@@ -161,7 +162,7 @@ class ReportSpec(Spec):
 
 
 class FindingSpec(Spec):
-    """`target` is a finding: a claim as a testable statement over results."""
+    """`target` is a `probekit.findings.Finding`, or a class of one that takes no arguments."""
 
 
 class CommandSpec(Spec):

@@ -22,6 +22,7 @@ from probekit.engine import numerics
 from probekit.errors import DataError, WatchError
 from probekit.events import Event, Listener
 from probekit.grid import Grid
+from probekit.layer import Layer
 from probekit.metric import Metric, Row, Traces, Variation
 from probekit.models.model import Model, load_model
 from probekit.plugins.catalog import Catalog, Entry
@@ -39,6 +40,12 @@ class Source(Protocol):
     def layer_rows(self) -> list[Row]: ...
 
     def site_rows(self) -> list[Row]: ...
+
+    def output_rows(self) -> list[Row]:
+        """One row, of what the model returns; none where that is not known."""
+
+    def output_layer(self, out: Any, batch: int) -> Layer:
+        """The model's output as what a metric on ``"output"`` sees."""
 
     def run(self, batch: Tensor, visitors: Sequence[Visitor]) -> Any:
         """Show every layer of a batch (of pixels; of image numbers in a capture) to the visitors."""

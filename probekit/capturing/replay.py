@@ -118,6 +118,12 @@ class Captured:
     def site_rows(self) -> list[Row]:
         return [row for one in self.layers for row in one.sites]
 
+    def output_rows(self) -> list[Row]:
+        return []
+
+    def output_layer(self, out: Any, batch: int) -> Layer:
+        raise UsageError("the capture holds no output of the model")
+
     def run(self, batch: Tensor, visitors: Sequence[Visitor]) -> None:
         """Call each visitor at each layer, or token site, of the images whose numbers `batch` (B,) holds.
 
@@ -218,6 +224,8 @@ class Captured:
         lacking = self._lacking(Visitor(frozenset(metric.needs), lambda layer: None))
         if lacking:
             return f"the capture holds no '{lacking}'"
+        if "output" in metric.needs:
+            return "the capture holds no 'output'"
         if "labels" in metric.requires and self.info["labels"] is None:
             return "the captured images have no labels"
         beyond = sorted(set(metric.requires) - {"labels"})

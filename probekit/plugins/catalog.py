@@ -216,11 +216,11 @@ class Catalog:
         return sentences
 
     def names(self, kind: str) -> list[str]:
-        """What ``all`` and globs choose from: entries that need nothing more to be complete."""
+        """What ``all`` and globs choose from: entries that need nothing more, and not only on request."""
         return [
             label
             for label, entry in self.labelled(kind)
-            if not getattr(entry.spec, "any_variant", False) and not getattr(entry.spec, "argument", None)
+            if not any(getattr(entry.spec, a, None) for a in ("any_variant", "argument", "on_request"))
         ]
 
     def select(self, kind: str, selectors: Sequence[str]) -> list[Entry]:

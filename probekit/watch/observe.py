@@ -33,6 +33,7 @@ CAPTURES: Mapping[str, frozenset[str]] = {
     "tokens_mid": frozenset({"tokens_mid"}),
     "tokens_out": frozenset({"tokens_out"}),
     "tokens": frozenset({"tokens"}),
+    "output": frozenset(),
 }
 """What has to be captured for each field a metric may name in `needs`."""
 
@@ -57,12 +58,13 @@ class Visitor:
             raise MetricError(
                 f"a layer has no field '{unknown[0]}'", hint=f"fields: {', '.join(sorted(CAPTURES))}"
             )
-        beside = sorted(self.needs - {"tokens"}) if "tokens" in self.needs else []
-        if beside:
-            raise MetricError(
-                f"a token site has 'tokens' alone, no '{beside[0]}'",
-                hint="need 'tokens_in', 'tokens_mid' or 'tokens_out' to see a layer's tokens and attention",
-            )
+        for alone, place in (("tokens", "a token site"), ("output", "the model's output")):
+            beside = sorted(self.needs - {alone}) if alone in self.needs else []
+            if beside:
+                raise MetricError(
+                    f"{place} has '{alone}' alone, no '{beside[0]}'",
+                    hint="need 'tokens_in', 'tokens_mid' or 'tokens_out' to see tokens and attention",
+                )
 
     @property
     def captures(self) -> frozenset[str]:

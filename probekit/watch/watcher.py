@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from probekit.anatomy import Anatomy
-from probekit.errors import WatchError
+from probekit.errors import DoesNotApply, WatchError
+from probekit.layer import Layer
 from probekit.metric import Row
 from probekit.watch.discover import discover, tensors_of
 from probekit.watch.observe import CAPTURES, Observation, Visitor, layer_row, layer_sites
@@ -103,6 +104,18 @@ class Watcher:
     def site_rows(self) -> list[Row]:
         """The layer axis of metrics on tokens: embedding, then after attention and after the MLP."""
         return [row for plan in self.layers.layers for row, _ in layer_sites(plan)]
+
+    def output_rows(self) -> list[Row]:
+        """The layer axis of metrics on the model's output: one row after the last layer."""
+        last = self.layers.layers[-1]
+        return [layer_row(last, "output", last.info.depth, "output")]
+
+    def output_layer(self, out: Any, batch: int) -> Layer:
+        """What `forward` returned, as a metric on ``"output"`` sees it."""
+        scores = getattr(out, "logits", out)
+        if not isinstance(scores, Tensor) or scores.dim() != 2 or len(scores) != batch:
+            scores = DoesNotApply("the model returns no scores of classes, (images, classes)")
+        return Layer(self.layers.layers[-1].info, self.output_rows()[0], batch, {"output": scores})
 
     # ------------------------------------------------------------------ run
 
