@@ -369,3 +369,27 @@ def test_command_line_names_the_train_dataset(command, tiny, plugin, tmp_path):
     assert done.returncode == 0, done.stderr
     assert [c["status"] for c in json.loads(done.stdout)["cells"]] == ["done"]
     assert Run(tmp_path / "r").result("tells").attrs["train_ids"][-1].startswith("train-")
+
+
+def test_the_probe_of_the_docs_works(tiny, tmp_path):
+    """The example in docs/plugins.md, as it stands there."""
+    text = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
+    code = text[text.index("class Centroids(Metric):") :].partition("```")[0]
+    (tmp_path / "passes.py").write_text(
+        PLUGIN.replace('tells="Tells"', 'tells="Tells", centroids="Centroids"') + f"\n\n{code}"
+    )
+    r = run(tiny, tmp_path / "passes.py", ["centroids"])
+    found = r.result("centroids")
+    train, test = (np.asarray(t["features"]) for t in (run_traces(r, "train"), run_traces(r, "all")))
+    centres = [train[c::2, -1].mean(0) for c in (0, 1)]
+    nearest = [int(np.argmin([((x - c) ** 2).sum() for c in centres])) for x in test[:, -1]]
+    assert found["centroids"].values[-1] == 100 * np.mean([n == i % 2 for i, n in enumerate(nearest)])
+
+
+def run_traces(r: Run, images: str):
+    from probekit.store.cells import TraceFolder
+    from probekit.store.runfolder import shard_size
+
+    folder = r.folder(r.models[0], r.datasets[0]).trace("features", 1, images)
+    count = {"train": 30, "all": 10}[images]
+    return TraceFolder(folder, {}, count, shard_size(count)).read([str(i) for i in range(count)], None, 0)
