@@ -64,6 +64,8 @@ def measurement(
         **source_of(entry, metric),
     }
     if view.name != MEASURED:
+        tag["view"] = view.name
+    if view.split == "train":
         tag["images"] = subject.identity()["images"]
     path = cell.trace(str(entry.ref), metric.version, view.name)
     chosen = None if sample is None else tuple(sorted(int(i) for i in sample))

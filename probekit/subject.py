@@ -118,7 +118,9 @@ class Live:
     device: torch.device
     listen: Listener
     shown: View = View()
-    _watched: list[tuple[Watcher, Tensor]] = field(default_factory=list)  # shared by all views
+    # shared by all views
+    _watched: list[tuple[Watcher, Tensor]] = field(default_factory=list)
+    _fingerprints: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -161,11 +163,14 @@ class Live:
         return self.model.preprocessing or Preprocessing()
 
     def identity(self) -> dict[str, Any]:
+        split = self.shown.split
+        if split not in self._fingerprints:
+            self._fingerprints[split] = self.dataset.fingerprint(self.indices)
         return {
             "model": self.model_name,
             "weights": self.model.weights.sha256,
             "dataset": self.dataset_name,
-            "images": self.dataset.fingerprint(self.indices),
+            "images": self._fingerprints[split],
             "count": len(self.indices),
             "preprocessing": self.preprocessing.model_dump(mode="json"),
             "dtype": self.grid.dtype,
