@@ -6,6 +6,9 @@ Definitions (Park et al., ICLR 2023, Figs. 3 and 4), for one head with attention
     conditional entropy   (1/N) sum_q H(k | q)                       nats
     key entropy           H(k) of p(k) = (1/N) sum_q a[q, k]         nats
 
+and each query's log mass, log sum_k exp(score): with it, what the query gives to keys outside the sweep
+follows from their scores alone (`share_beside`).
+
 With z the logits less their row's maximum, e = exp(z) and Z = sum_k e: H(k | q) = log Z - <e, z> / Z, so
 no logarithm of an N x N tensor is taken. (Without subtracting the maximum first, the mutual information
 loses three digits.)
@@ -50,13 +53,17 @@ class AttentionStats:
     distance:            (B, H) px, mean over queries of the expected distance to the keys
     conditional_entropy: (B, H) nats, mean over queries of H(k | q)
     key_entropy:         (B, H) nats, H(k) of the mean row
+    log_mass:            (B, H, Nq) float32, log of the sum over keys of exp(score) (of the probabilities as
+                         given); -inf for a row left out
 
-    float64 where the device has it: the mutual information is a small difference of the entropies.
+    The first three are float64 where the device has it: the mutual information is a small difference of the
+    entropies.
     """
 
     distance: Tensor
     conditional_entropy: Tensor
     key_entropy: Tensor
+    log_mass: Tensor
 
     @property
     def information(self) -> Tensor:
@@ -94,7 +101,7 @@ def stats_from_scores(
                 empty = peak == -torch.inf
                 peak.masked_fill_(empty, 0)
             torch.exp(z.sub_(peak).clamp_(min=_LOWEST), out=e)
-            rows.append(_sums(z, e, d, empty))
+            rows.append(_sums(z, e, d, peak, empty))
         return cut.stats(rows)
 
 
@@ -113,8 +120,34 @@ def stats_from_probabilities(p: Tensor, distances: Tensor) -> AttentionStats:
             e.copy_(part)
             empty = e.amax(-1, keepdim=True) < _TINY
             torch.log(e.clamp_(min=_TINY), out=z)  # no zeros or denormals, for `_LOWEST`'s reasons
-            rows.append(_sums(z, e, d, empty))
+            rows.append(_sums(z, e, d, torch.zeros_like(e[..., :1]), empty))
         return cut.stats(rows)
+
+
+def share_beside(
+    q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None, log_mass: Tensor
+) -> Tensor:
+    """What each query gives to the keys `k`, of all it gives to them and to those swept, (B, H, Nq) float32.
+
+    sigmoid(logsumexp_k(scale * q k^T + bias) - log_mass): the full softmax's share without the full softmax.
+    0 for a query all of whose keys are masked.
+
+    q, k:     (B, H, Nq, d) as swept, and (B, H, P, d) of the few keys that were not
+    bias:     broadcasts to (B, H, Nq, P)
+    log_mass: (B, H, Nq), `AttentionStats.log_mass`
+    """
+    scores = torch.empty(*k.shape[:3], q.shape[2], device=q.device)  # keys first: twice as fast for one key
+    step = 1 if q.device.type == "cpu" else max(1, len(q))  # an image's queries needn't be copied
+    with exact_float32(q.device):
+        for a, b, out in zip(q.split(step), k.split(step), scores.split(step), strict=True):
+            a, b = (t.float().flatten(0, 1) for t in (a, b))
+            product(b, a.transpose(1, 2), scale=scale, out=out.flatten(0, 1))
+        if bias is not None:
+            scores += bias.transpose(2, 3)
+        beside = scores.squeeze(2) if scores.shape[2] == 1 else scores.logsumexp(2)
+        # A sigmoid written out: torch's computes what is left over of a vector's lanes by another formula.
+        share = (log_mass - beside).exp_().add_(1).reciprocal_()
+        return share if bias is None else share.masked_fill_(beside == -torch.inf, 0)
 
 
 def probabilities(q: Tensor, k: Tensor, *, scale: float, bias: Tensor | None = None) -> Tensor:
@@ -176,11 +209,15 @@ class _Sums(NamedTuple):
     mass: Tensor  # (M, n), of e; inf for a row left out
     ez: Tensor  # (M, n), <e, z>
     ed: Tensor  # (M, n), <e, D>
+    peak: Tensor  # (M, n), what was taken off the scores
     received: Tensor  # (M, 1, Nk), the sum over queries of e / mass
 
 
-def _sums(z: Tensor, e: Tensor, distances: Tensor, empty: Tensor | None) -> _Sums:
-    """Sums of e = exp(z), (..., n, Nk), without the rows marked `empty` (..., n, 1). Spoils z and e."""
+def _sums(z: Tensor, e: Tensor, distances: Tensor, peak: Tensor, empty: Tensor | None) -> _Sums:
+    """Sums of e = exp(z), (..., n, Nk), z + peak being the scores, without the rows marked `empty`.
+
+    peak, empty: (..., n, 1). Spoils z and e.
+    """
     flat = e.flatten(0, -3)
     mass = flat.sum(-1)
     if empty is not None:
@@ -188,7 +225,7 @@ def _sums(z: Tensor, e: Tensor, distances: Tensor, empty: Tensor | None) -> _Sum
     received = product(mass.reciprocal().unsqueeze(1), flat)
     ez = z.mul_(e).flatten(0, -3).sum(-1)
     ed = e.mul_(distances).flatten(0, -3).sum(-1)
-    return _Sums(mass, ez, ed, received)
+    return _Sums(mass, ez, ed, peak.reshape(mass.shape), received)
 
 
 class _Cut:
@@ -233,19 +270,21 @@ class _Cut:
         """Put the tiles together; sums over queries in float64 where the device has it."""
         if self.blocks > 1:
             tiles = [_join(tiles[i : i + self.blocks]) for i in range(0, len(tiles), self.blocks)]
-        mass, ez, ed, received = (
+        mass, ez, ed, peak, received = (
             torch.cat(parts).unflatten(0, self.shape[:2]) for parts in zip(*tiles, strict=True)
         )
         wide = torch.float32 if mass.device.type == "mps" else torch.float64
         left_out = mass == torch.inf
         count = (self.shape[2] - left_out.sum(-1)).clamp(min=1)
-        entropy = (mass.log() - ez / mass).clamp_(min=0).masked_fill_(left_out, 0)
+        log_mass = mass.log()
+        entropy = (log_mass - ez / mass).clamp_(min=0).masked_fill_(left_out, 0)
         total = received.sum(-1, keepdim=True, dtype=wide)
         share = received / total.masked_fill_(total == 0, 1)
         return AttentionStats(
             distance=(ed / mass).sum(-1, dtype=wide) / count,
             conditional_entropy=entropy.sum(-1, dtype=wide) / count,
             key_entropy=torch.special.entr(share).sum((-2, -1)),
+            log_mass=log_mass.add_(peak).masked_fill_(left_out, -torch.inf),
         )
 
 

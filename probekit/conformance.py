@@ -109,7 +109,7 @@ def _check_attributes(metric: Metric) -> None:
     if name not in dims and cls.summarize is Metric.summarize:
         raise wrong(f"'dims' has no value '{name}', the one that is plotted")
     extra = sorted(set(metric.units) - set(dims))
-    if extra:
+    if extra and cls.summarize is Metric.summarize:
         raise wrong(f"'units' names '{extra[0]}', which 'dims' doesn't")
     for attribute, allowed in (("windows", ("each", "own")), ("curve", ("mean", "last"))):
         if getattr(metric, attribute) not in allowed:

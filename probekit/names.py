@@ -82,14 +82,20 @@ class MetricRef:
 
 @dataclass(frozen=True)
 class DatasetRef:
-    """A dataset as typed. `argument` is everything after the first colon, None without one."""
+    """A dataset as typed: ``NAME[:ARGUMENT][?key=value&key=value]``.
+
+    argument: what follows the first colon (a path may hold more of them), None without one
+    """
 
     pack: str | None
     name: str
     argument: str | None = None
+    options: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        return _head(self.pack, self.name) + ("" if self.argument is None else f":{self.argument}")
+        options = "&".join(f"{key}={self.options[key]}" for key in sorted(self.options))
+        argument = "" if self.argument is None else f":{self.argument}"
+        return _head(self.pack, self.name) + argument + (f"?{options}" if options else "")
 
 
 def _head(pack: str | None, name: str) -> str:
@@ -196,13 +202,18 @@ def parse_metric(text: str) -> MetricRef:
 def parse_dataset(text: str) -> DatasetRef:
     """Raises `UsageError` for anything that isn't a dataset reference."""
     text = _text("dataset", text)
-    head, colon, argument = text.partition(":")
+    whole, options = text, {}
+    # a '?' that is part of a path isn't followed by key=value
+    if found := re.search(r"\?([A-Za-z_]\w*=[^&?]*(?:&[A-Za-z_]\w*=[^&?]*)*)$", text):
+        whole = text[: found.start()]
+        options = dict(pair.split("=", 1) for pair in found[1].split("&"))
+    head, colon, argument = whole.partition(":")
     looks_like_path = head.startswith(("/", ".", "~")) or head.count("/") > 1
     hint = f"images in a folder are {quoted('folder:' + text)}" if looks_like_path else None
     pack, name = _pack_and_name("dataset", text, head, hint)
     if colon and not argument.strip():
         raise _malformed("dataset", text, "nothing follows the ':'")
-    return DatasetRef(pack, name, argument if colon else None)
+    return DatasetRef(pack, name, argument if colon else None, options)
 
 
 def parse_plain(kind: str, text: str) -> MetricRef:

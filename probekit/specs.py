@@ -152,7 +152,7 @@ class MetricSpec(Spec):
 class DatasetSpec(Spec):
     """`target` is ``load(argument, **options) -> probekit.Dataset``; the argument follows the colon."""
 
-    argument: str | None = None  # what follows the colon, for listings: "PATH"
+    argument: str | None = None  # what follows the colon, for listings: "PATH"; "[KIND]" may be left out
 
 
 class ReportSpec(Spec):

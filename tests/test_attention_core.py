@@ -12,9 +12,16 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from probekit import attention
-from probekit.attention import probabilities, renormalise, stats_from_probabilities, stats_from_scores
+from probekit.attention import (
+    probabilities,
+    renormalise,
+    share_beside,
+    stats_from_probabilities,
+    stats_from_scores,
+)
 
 FIELDS = ("distance", "conditional_entropy", "key_entropy")
+EVERY = (*FIELDS, "log_mass")
 
 
 def softmax_rows(scores: np.ndarray) -> list[np.ndarray | None]:
@@ -64,11 +71,11 @@ def close(stats, expected, rtol=1e-6, atol=1e-6):
 
 
 def same_bits(a, b):
-    return all(torch.equal(getattr(a, field), getattr(b, field)) for field in FIELDS)
+    return all(torch.equal(getattr(a, field), getattr(b, field)) for field in EVERY)
 
 
 def pick(stats, index):
-    return attention.AttentionStats(*(getattr(stats, field)[index] for field in FIELDS))
+    return attention.AttentionStats(*(getattr(stats, field)[index] for field in EVERY))
 
 
 @pytest.fixture
@@ -331,6 +338,107 @@ def test_small_information_is_not_lost():
     expected = reference(q, k, scale, d)
     information = stats_from_scores(q, k, scale=scale, distances=d).information
     np.testing.assert_allclose(information, expected[2] - expected[1], atol=1e-7)
+
+
+# ---------------------------------------------------------------------- keys beside those swept
+
+
+def log_sum(scores):
+    """Of exp over the last axis, as a loop of float64 numbers."""
+    found = np.full(scores.shape[:-1], -math.inf)
+    for place in np.ndindex(found.shape):
+        for x in scores[place]:
+            high, low = max(found[place], x), min(found[place], x)
+            found[place] = high if math.isinf(low) else high + math.log1p(math.exp(low - high))
+    return found
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 7, 5), (1, 12, 49, 16), (9, 4, 16, 8), (2, 5, 31, 6)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_log_mass(shape, masked, small_tiles):
+    q, k, scale, d = case(*shape, gain=3)
+    bias = torch.randn(1, shape[1], shape[2], shape[2]) if masked else None
+    if masked:
+        bias[:, 0, 2] = -math.inf
+    scores = scale * q.double().numpy() @ k.double().numpy().swapaxes(-1, -2)
+    expected = log_sum(scores + (bias.double().numpy() if masked else 0))
+    got = stats_from_scores(q, k, scale=scale, bias=bias, distances=d).log_mass
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=2e-6)
+    p = probabilities(q, k, scale=scale, bias=bias) * 0.25
+    given = stats_from_probabilities(p, d).log_mass
+    np.testing.assert_allclose(given, np.where(np.isneginf(expected), -math.inf, math.log(0.25)), atol=2e-6)
+
+
+def beside(batch=2, heads=3, n=11, extra=2, width=8, gain=3.0, shift=0.0, bias=None):
+    """Shares by `share_beside`, and those of the full softmax in float64; keys beside come first."""
+    q, k, scale, d = case(batch, heads, n, width, keys=n + extra, gain=gain)
+    full = torch.zeros(1, 1, 1, n + extra) if bias is None else bias
+    full = full + torch.cat([torch.full((extra,), shift), torch.zeros(n)])
+    stats = stats_from_scores(
+        q, k[:, :, extra:], scale=scale, bias=full[..., extra:], distances=d[..., extra:]
+    )
+    got = share_beside(q, k[:, :, :extra], scale=scale, bias=full[..., :extra], log_mass=stats.log_mass)
+    scores = scale * q.double().numpy() @ k.double().numpy().swapaxes(-1, -2) + full.double().numpy()
+    rows = [0.0 if row is None else row[:extra].sum() for row in softmax_rows(scores)]
+    return got, np.array(rows).reshape(got.shape)
+
+
+@pytest.mark.parametrize("extra", [1, 2, 5])
+@pytest.mark.parametrize("shift", [0.0, -30.0, 5.0, 60.0])
+def test_share_beside_is_the_full_softmaxs(extra, shift, small_tiles):
+    """From 1e-13 to all but 1e-24 of the attention; relative, as sigmoid keeps small shares' digits."""
+    got, expected = beside(extra=extra, shift=shift)
+    assert got.dtype == torch.float32
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_share_beside_of_peaked_scores():
+    got, expected = beside(gain=60)
+    np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)  # logits to 200, rounded to 2e-5
+
+
+@pytest.mark.parametrize("form", [(2, 3, 11, 13), (1, 3, 11, 13), (2, 1, 1, 13), (1, 1, 11, 13)])
+def test_share_beside_with_bias(form):
+    got, expected = beside(bias=torch.randn(form) * 4)
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_share_beside_of_masked_keys():
+    """All swept keys masked: everything; the keys beside masked, or all: nothing."""
+    bias = torch.zeros(1, 1, 11, 13)
+    bias[..., 0, 2:] = bias[..., 1, :2] = bias[..., 2, :] = -math.inf
+    bias[..., 3, 1] = bias[..., 3, 5] = -math.inf
+    got, expected = beside(bias=bias)
+    assert (got[..., 0] == 1).all() and (got[..., 1:3] == 0).all()
+    np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_share_beside_keeps_nan():
+    q, k, scale, d = case(2, 2, 6, 4)
+    q[0, 1, 3, 2] = math.nan
+    for bias in (None, torch.zeros(1, 1, 6, 6)):
+        log_mass = stats_from_scores(q, k, scale=scale, bias=bias, distances=d).log_mass
+        got = share_beside(q, k, scale=scale, bias=bias, log_mass=log_mass)
+        assert got.isnan().nonzero().tolist() == [[0, 1, 3]]
+
+
+@pytest.mark.parametrize("extra", [1, 3])
+@pytest.mark.parametrize("heads", [1, 3, 12])
+def test_bits_of_shares_beside_depend_neither_on_the_batch_nor_on_threads(extra, heads, threads):
+    q, k, scale, _ = case(5, heads, 100, 64, keys=extra, gain=3)
+    log_mass = torch.randn(5, heads, 100)
+    seen = []
+    for count in (1, 2):
+        threads(count)
+        seen.append(share_beside(q, k, scale=scale, log_mass=log_mass))
+        for i in range(5):
+            cut = slice(i, i + 1)
+            assert torch.equal(
+                share_beside(q[cut], k[cut], scale=scale, log_mass=log_mass[cut]), seen[-1][cut]
+            )
+    assert torch.equal(*seen)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(share_beside(q, k, scale=scale, log_mass=log_mass), seen[0])
 
 
 # ---------------------------------------------------------------------- laws

@@ -98,10 +98,45 @@ def test_class_order_is_by_name_even_where_ids_sort_otherwise(tmp_path: Path) ->
     assert (data.ids, data.labels) == (["a/1.png", "a-b/1.png"], [0, 1])
 
 
-def test_a_dataset_of_splits_says_so(tmp_path: Path) -> None:
-    write(tmp_path / "train" / "cat" / "1.png")
+@pytest.mark.parametrize("held_out", ["val", "validation", "test"])
+def test_a_folder_of_splits_is_the_held_out_one_with_its_train_split(tmp_path: Path, held_out: str) -> None:
+    for k in range(3):
+        write(tmp_path / "train" / "cat" / f"{k}.png")
+    write(tmp_path / held_out / "cat" / "9.png", (7, 7, 7))
+    write(tmp_path / held_out / "dog" / "8.png")
+    data = load(str(tmp_path))
+    data.check()
+    assert (data.ids, data.labels, data.classes) == (["cat/9.png", "dog/8.png"], [0, 1], ["cat", "dog"])
+    assert np.asarray(data.image(0))[0, 0].tolist() == [7, 7, 7]
+    assert (data.train.ids, data.train.classes) == (["cat/0.png", "cat/1.png", "cat/2.png"], ["cat"])
+    assert data.train.image(1).size == (8, 6)
+    assert any(repr(held_out) in note and "'train'" in note for note in data.notes)
+    assert data.name == f"folder:{tmp_path}"
+    assert data.train.name == f"folder:{tmp_path / 'train'}"
+    assert data.fingerprint([0]) == load(str(tmp_path / held_out)).fingerprint([0])
+
+
+@pytest.mark.parametrize("folders", [["train"], ["val"], ["train", "val", "test"], ["Train", "val"]])
+def test_other_folders_called_like_splits_are_classes_and_say_so(tmp_path: Path, folders: list[str]) -> None:
+    for folder in folders:
+        write(tmp_path / folder / "1.png")
+    data = load(str(tmp_path))
+    assert data.train is None
+    assert data.classes == sorted(folders)
+    assert any("name its own folder" in note for note in data.notes)
+
+
+def test_a_class_beside_the_splits_makes_them_classes(tmp_path: Path) -> None:
+    for folder in ("train", "val", "truck"):
+        write(tmp_path / folder / "1.png")
+    assert load(str(tmp_path)).classes == ["train", "truck", "val"]
+
+
+def test_an_empty_split(tmp_path: Path) -> None:
     write(tmp_path / "val" / "cat" / "1.png")
-    assert any("'train', 'val'" in note for note in load(str(tmp_path)).notes)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match="train' holds no images"):
+        load(str(tmp_path))
 
 
 def test_links_are_followed_but_not_in_circles(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
@@ -432,7 +467,7 @@ def test_running_out_of_file_handles_is_not_the_images_fault(
     def no_handles(index: int) -> None:
         raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(data, "_open", no_handles)
+    monkeypatch.setattr(data, "open", no_handles)
     for call in (lambda: data.image(0), lambda: data.fingerprint([0])):
         with pytest.raises(OSError, match="Too many"):
             call()
@@ -601,6 +636,10 @@ def test_image_is_the_subclass_business() -> None:
         ({"name": "x", "ids": ["a"], "labels": [0, 1]}, "1 ids but 2 labels"),
         ({"name": "x", "ids": ["a", "b"], "labels": [0, 2], "classes": ["p", "q"]}, "label 2 but 2 classes"),
         ({"name": "x", "ids": ["a"], "labels": [-1], "classes": ["p"]}, "label -1"),
+        ({"name": "x", "ids": ["a"], "cues": {"shape": [0, 1]}}, "1 ids but 2 shape cues"),
+        ({"name": "x", "ids": ["a"], "cues": {"shape": [1]}, "classes": ["p"]}, "shape cue 1 but 1 classes"),
+        ({"name": "x", "ids": ["a"], "has_masks": True}, "says it has masks but has no method 'mask'"),
+        ({"name": "x", "ids": ["a"], "train": ["a"]}, "a 'list' as its train split"),
     ],
 )
 def test_check_names_contradictions(parts: dict[str, object], message: str) -> None:
@@ -608,10 +647,31 @@ def test_check_names_contradictions(parts: dict[str, object], message: str) -> N
         type("Odd", (Dataset,), parts)().check()
 
 
+def test_a_broken_train_split_is_found() -> None:
+    class Split(Dataset):
+        name, ids = "train-of-x", ["a", "a"]
+
+    class Whole(Dataset):
+        name, ids, train = "x", ["a"], Split()
+
+    with pytest.raises(PluginError, match="'train-of-x' has the id 'a' more than once"):
+        Whole().check()
+
+
+def test_another_datasets_class_is_found_by_name() -> None:
+    class Pets(Dataset):
+        name, ids, classes = "pets", [], ["Cat", "dog"]
+
+    assert [Pets().class_of(name) for name in ("cat", "DOG", "bird")] == [0, 1, None]
+    Pets.classes = None
+    assert Pets().class_of("cat") is None
+
+
 def test_no_torch_is_imported() -> None:
-    modules = "sys, probekit.datasets.dataset, probekit.datasets.folder, probekit.datasets.images"
-    code = f"import {modules}; print('torch' in sys.modules)"
-    root = Path(dataset_module.__file__).parents[1]
+    names = ("dataset", "folder", "images", "shapetex", "cifar10", "cue_conflict", "segmentation")
+    modules = ", ".join(f"probekit.datasets.{name}" for name in names)
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
+    root = Path(dataset_module.__file__).parents[2]
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=root, check=True
     )

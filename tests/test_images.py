@@ -20,11 +20,11 @@ from PIL import Image
 import probekit.datasets.images as images_module
 from probekit.datasets.dataset import BadImage, Dataset, select
 from probekit.datasets.folder import load
-from probekit.datasets.images import Bad, Batch, batches
+from probekit.datasets.images import Bad, Batch, batches, masks
 from probekit.errors import DataError, PluginError, UsageError
 from probekit.specs import Preprocessing
 
-ROOT = Path(images_module.__file__).parents[1]
+ROOT = Path(images_module.__file__).parents[2]
 SAMPLE = Path(os.environ.get("PROBEKIT_TEST_DATA", ROOT.parent / "shared" / "data")) / "imagenet-sample"
 FILTERS = {
     "nearest": Image.Resampling.NEAREST,
@@ -146,6 +146,94 @@ def test_odd_modes_reach_the_network_as_rgb() -> None:
     (batch,) = everything(data, range(3), SMALL, batch_size=4)
     white = (1 - np.array(SMALL.mean)) / SMALL.std
     assert np.abs(batch.pixels.numpy() - white[:, None, None]).max() < 1e-5
+
+
+# --- masks ---------------------------------------------------------------------------------------
+
+
+class Labelled(Dataset):
+    """Pictures whose colour is their class: what the image's own transform shows is what the mask must say."""
+
+    name, has_masks, mask_ignore = "labelled", True, 9
+
+    def __init__(self, *maps: np.ndarray):
+        self.maps = maps
+        self.ids = [f"map-{k}" for k in range(len(maps))]
+
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray((self.maps[index] * 20).astype(np.uint8)).convert("RGB")
+
+    def mask(self, index: int) -> Image.Image:
+        return Image.fromarray(self.maps[index].astype(np.uint8))
+
+
+def blocks(height: int, width: int, seed: int = 0) -> np.ndarray:
+    classes = np.random.default_rng(seed).integers(0, 9, (height // 8 + 1, width // 8 + 1))
+    return np.kron(classes, np.ones((8, 8), int))[:height, :width]
+
+
+@pytest.mark.parametrize("mode", ["center", "squash", "border"])
+@pytest.mark.parametrize("shape", [(64, 64), (90, 41), (33, 77)])
+@pytest.mark.parametrize("size", [(32, 32), (48, 24)])
+def test_masks_go_where_the_pixels_go(mode: str, shape: tuple[int, int], size: tuple[int, int]) -> None:
+    data = Labelled(blocks(*shape), blocks(*shape, seed=1))
+    p = Preprocessing(size=size, crop_pct=0.8, crop_mode=mode, mean=(0.0,) * 3, std=(1.0,) * 3)
+    for index in range(2):
+        found = masks(data, index, p)
+        assert (found.shape, found.dtype) == (size, np.int64)
+        # nearest pixels of the image itself, through the reference written from the transform's definition
+        exact = p.model_copy(update={"interpolation": "nearest", "mean": (1.0,) * 3})
+        expected = (reference(data.image(index), exact)[0] + 1) * 255 / 20  # a border is white: 12.75
+        assert np.abs(np.where(expected > 9, -1, expected) - found).max() < 1e-9
+        # and the smoothed image agrees wherever it is of one colour
+        smooth = everything(data, [index], p, batch_size=1)[0].pixels[0, 0].numpy() * 255 / 20
+        assert (np.abs(smooth - found) < 0.5)[found >= 0].mean() > 0.6
+
+
+def test_what_counts_as_no_class() -> None:
+    numbers = np.full((32, 32), 3)
+    numbers[:, 16:] = 9
+    same = Preprocessing(size=(32, 32), crop_pct=1.0)
+    assert masks(Labelled(numbers), 0, same).tolist() == [[3] * 16 + [-1] * 16] * 32
+
+    class Wide(Labelled):
+        mask_ignore = None
+
+        def mask(self, index: int) -> Image.Image:
+            return Image.fromarray(self.maps[index].astype(np.int32))
+
+    assert masks(Wide(numbers), 0, same).max() == 9
+    great = np.where(numbers == 9, -5, (1 << 24) - 2)
+    assert masks(Wide(great), 0, same).tolist() == [[(1 << 24) - 2] * 16 + [-1] * 16] * 32
+    with pytest.raises(BadImage, match="class number 16777215"):
+        masks(Wide(great + 1), 0, same)
+    around = masks(
+        Labelled(np.zeros((16, 32))), 0, Preprocessing(size=(32, 32), crop_pct=1, crop_mode="border")
+    )
+    assert (around == 0).sum() == 16 * 32
+    assert set(np.unique(around)) == {-1, 0}
+
+
+@pytest.mark.parametrize(
+    ("mask", "reason"),
+    [
+        (Image.new("RGB", (9, 9)), "its mask has mode 'RGB'"),
+        (Image.new("F", (9, 9)), "its mask has mode 'F'"),
+        (OSError("image file is truncated (3 bytes not processed)"), "its mask: the file is truncated"),
+        (BadImage("x", "torn"), "torn"),
+        (DataError("lost"), "lost"),
+    ],
+)
+def test_masks_that_cannot_be_used(mask: object, reason: str) -> None:
+    class Odd(Memory):
+        def mask(self, index: int) -> Image.Image:
+            if isinstance(mask, Exception):
+                raise mask
+            return mask
+
+    with pytest.raises(BadImage, match=r"image 'item-0' can't be used: ") as caught:
+        masks(Odd([Image.new("RGB", (9, 9))]), 0, SMALL)
+    assert caught.value.reason.startswith(reason)
 
 
 # --- the same bits -------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+sys.path.insert(0, str(Path(__file__).parent))
+from regions import NINE, block_maps, masked_layer
+
 from probekit.attention import stats_from_probabilities
-from probekit.errors import UsageError
+from probekit.errors import DoesNotApply, UsageError
 from probekit.metrics.attention_distance import AttentionDistance
+from probekit.testing import make_layer
 
 
 def positions(rows, cols, stride):
@@ -28,12 +34,22 @@ def distances(rows, cols, stride):
 def layer_of(full, d, prefix=0):
     """What the metric sees of a layer with attention `full` (B, H, prefix + N, prefix + N)."""
     patches = full[:, :, prefix:, prefix:]
-    return SimpleNamespace(
+    layer = SimpleNamespace(
         attention_full=full,
         attention_stats=stats_from_probabilities(patches, d),
         distances=d,
         prefix=prefix,
+        window_count=1,
+        window_share=1.0,
+        unfold=lambda values: values.unsqueeze(1),
     )
+    layer.windows = lambda: [layer]
+    return layer
+
+
+def uniform_distance(d):
+    """What the metric says is the distance of uniform attention, with distances (1, 1, N, N)."""
+    return AttentionDistance().describe(layer_of(torch.ones_like(d), d))["uniform"]
 
 
 def measure(p, rows, cols, stride, **options):
@@ -62,9 +78,7 @@ def test_uniform(rows, stride, px):
     got = measure(uniform(rows * rows), rows, rows, stride)
     assert got == pytest.approx(px, abs=6e-3)
     d = distances(rows, rows, stride)
-    assert AttentionDistance().describe(SimpleNamespace(distances=d))["uniform"] == pytest.approx(
-        got, rel=1e-5
-    )
+    assert uniform_distance(d) == pytest.approx(got, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -73,9 +87,7 @@ def test_uniform(rows, stride, px):
 )
 def test_uniform_in_windows(rows, stride, px):
     d = distances(rows, rows, stride)
-    assert AttentionDistance().describe(SimpleNamespace(distances=d))["uniform"] == pytest.approx(
-        px, abs=6e-3
-    )
+    assert uniform_distance(d) == pytest.approx(px, abs=6e-3)
 
 
 def test_closed_forms():
@@ -217,3 +229,89 @@ def test_the_published_codes_1e_32_where_the_prefix_takes_everything():
 def test_compat_renormalises():
     with pytest.raises(UsageError, match="renormalise=False"):
         AttentionDistance(compat="cl-vs-mim", renormalise=False)
+
+
+# ---------------------------------------------------------------------- share of uniform, windows
+
+
+def both(layer):
+    found = AttentionDistance().measure(layer)
+    assert all(v.dtype == torch.float32 for v in found.values())
+    return found["attention_distance"].double().numpy(), found["attention_distance_share"].double().numpy()
+
+
+def written_out(maps, grid, stride=16.0):
+    """Distance of whole maps (B, H, N, N), and of uniform attention over the keys with any mass, float64."""
+    a = maps.double().numpy()
+    p = positions(*grid, stride)
+    distance, flat = np.zeros(a.shape[:2]), 0.0
+    seen = a[0, 0] > 0
+    for q in range(len(p)):
+        far = [math.dist(p[q], other) for other in p]
+        distance += sum(a[:, :, q, k] * far[k] for k in range(len(p))) / len(p)
+        flat += np.mean([far[k] for k in range(len(p)) if seen[q, k]]) / len(p)
+    return distance, flat
+
+
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)])
+def test_share_of_uniform(grid):
+    maps = attention_with_prefix(n=grid[0] * grid[1], prefix=2)
+    layer = make_layer(maps, grid=grid, prefix=2)
+    cut = maps[:, :, 2:, 2:].double()
+    distance, flat = written_out(cut / cut.sum(-1, keepdim=True), grid)
+    got, share = both(layer)
+    np.testing.assert_allclose(got, distance, rtol=1e-6)
+    np.testing.assert_allclose(share, distance / flat, rtol=1e-6)
+    described = AttentionDistance().describe(layer)
+    assert described["uniform"] == pytest.approx(flat, rel=1e-6) and described["uniform_share"] == 1
+    n = grid[0] * grid[1]
+    even, eye = (
+        both(make_layer(m.expand(1, 1, n, n), grid=grid)) for m in (torch.ones(n, n) / n, torch.eye(n))
+    )
+    assert even[1].item() == pytest.approx(1, rel=1e-6)
+    assert eye[1].item() < 1e-30
+
+
+def test_share_without_renormalisation_is_lower_by_the_prefixs_share():
+    full = attention_with_prefix(n=16, prefix=1)
+    found = AttentionDistance(renormalise=False).measure(make_layer(full, grid=(4, 4), prefix=1))
+    flat = written_out(torch.ones(1, 1, 16, 16), (4, 4))[1]
+    np.testing.assert_allclose(
+        found["attention_distance_share"], found["attention_distance"] / flat, rtol=1e-6
+    )
+
+
+def test_windows_are_those_of_the_whole_map():
+    """2 x 3 windows of 3 x 3 tokens: the layer's numbers are those of its un-windowed, block-sparse map."""
+    sets = [
+        [r * 9 + c for r in range(top, top + 3) for c in range(left, left + 3)]
+        for top in (0, 3)
+        for left in (0, 3, 6)
+    ]
+    maps = block_maps(sets)
+    inside = torch.stack([maps[:, :, s][..., s] for s in sets], 1).flatten(0, 1)
+    layer = make_layer(inside, grid=(6, 9), window=3)
+    distance, flat = written_out(maps, (6, 9))
+    got, share = both(layer)
+    np.testing.assert_allclose(got, distance, rtol=1e-6)
+    np.testing.assert_allclose(share, distance / flat, rtol=1e-6)
+    assert AttentionDistance().describe(layer)["uniform"] == pytest.approx(flat, rel=1e-6)
+
+
+def test_sets_of_unequal_size():
+    """Regions of 4, 2, 2 and 1 tokens: mean over tokens of both distances, then the share."""
+    maps = block_maps(NINE)
+    layer = masked_layer(maps, (3, 3), NINE)
+    distance, flat = written_out(maps, (3, 3))
+    got, share = both(layer)
+    np.testing.assert_allclose(got, distance, rtol=1e-6)
+    np.testing.assert_allclose(share, distance / flat, rtol=1e-6)
+    assert AttentionDistance().describe(layer)["uniform"] == pytest.approx(flat, rel=1e-6)
+    with pytest.raises(DoesNotApply, match="windowed attention and no single full map"):
+        AttentionDistance(renormalise=False).measure(layer)
+
+
+def test_tokens_in_windows_of_one():
+    """There all attention is uniform: 0 px of 0 px is 1."""
+    got, share = both(make_layer(torch.ones(8, 3, 1, 1), grid=(2, 2), window=1))
+    assert got.shape == (2, 3) and (got == 0).all() and (share == 1).all()

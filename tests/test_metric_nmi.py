@@ -11,9 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import probekit
 from probekit.attention import stats_from_probabilities
 from probekit.errors import UsageError
+from probekit.metric import Row, Traces
 from probekit.metrics.nmi import NMI
+from probekit.testing import TinyViT
 
 
 @dataclass
@@ -253,6 +256,65 @@ def test_one_token_in_all():
     layer, _ = windowed([1])
     assert (NMI().measure(layer)["nmi_global"] == 0).all()
     assert NMI().describe(layer)["uniform_global"] == 0
+
+
+# ---------------------------------------------------------------------- spread and density over heads
+
+
+def traces_of(nmi):
+    """Traces of (images, layers, heads) values; NaN where a layer has no such head."""
+    rows = [
+        Row(f"l{i}", i + 1.0, "attention", "encoder", 0, 3, (4, 4), (16, 16)) for i in range(nmi.shape[1])
+    ]
+    values = {name: nmi.astype(np.float32) for name in NMI.dims}
+    return Traces(values, rows, [str(i) for i in range(len(nmi))])
+
+
+def kernels(heads, at):
+    """Gaussian kernels, bandwidth heads^(-1/5) times the sd (ddof 1), written out."""
+    n = len(heads)
+    mean = sum(heads) / n
+    width = n ** (-1 / 5) * math.sqrt(sum((x - mean) ** 2 for x in heads) / (n - 1))
+    return [
+        sum(math.exp(-(((t - x) / width) ** 2) / 2) for x in heads) / (n * width * math.sqrt(2 * math.pi))
+        for t in at
+    ]
+
+
+def test_density_over_heads():
+    """Fig. E.1: of the image means of each layer's heads, layers of different numbers of heads."""
+    nmi = np.random.default_rng(0).beta(2, 5, (7, 3, 12))
+    nmi[:, 1, 4:] = np.nan
+    result = NMI().summarize(traces_of(nmi))
+    assert result["nmi_density"].dims == ("layer", "density_at")
+    at = result["density_at"].values
+    np.testing.assert_allclose(at, np.arange(101) / 100, atol=1e-12)
+    for row, heads in enumerate((12, 4, 12)):
+        means = nmi.astype(np.float32)[:, row, :heads].astype(np.float64).mean(0)
+        np.testing.assert_allclose(
+            result["nmi_density"][row], kernels(means.tolist(), at), rtol=1e-6, atol=1e-12
+        )
+    whole = NMI().summarize(traces_of(nmi[:, :1] * 0.2 + 0.4))["nmi_density"][0]
+    assert float(whole.sum()) / 100 == pytest.approx(1, abs=1e-3)  # all of it lies between 0 and 1
+    assert "Scott" in NMI().conventions["density"]
+    assert (result["nmi_head_sd"].attrs["ddof"], result["nmi_density"].attrs["role"]) == (0, "density")
+
+
+def test_layers_without_a_density():
+    nmi = np.random.default_rng(1).random((5, 3, 4))
+    nmi[:, 0, 1:] = np.nan  # one head
+    nmi[:, 1] = nmi[:, 1, :1]  # heads that are all alike
+    result = NMI().summarize(traces_of(nmi))
+    assert result["nmi_density"].isnull().all("density_at").values.tolist() == [True, True, False]
+    one = NMI().summarize(traces_of(nmi[:1]))
+    assert one["nmi_density"].isnull().all("density_at").values.tolist() == [True, True, False]
+    np.testing.assert_allclose(one["nmi_head_sd"][2], nmi[0, 2].std(), rtol=1e-6)
+
+
+def test_density_is_in_the_results_of_a_probe():
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    result = probekit.probe(TinyViT(), images, metrics=["nmi"])["nmi"]
+    assert result["nmi_density"].shape == (2, 101) and bool(result["nmi_density"].notnull().all())
 
 
 # ---------------------------------------------------------------------- laws

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from probekit.cli import capturing, listing, looking, reading, running, state
+from probekit.cli import capturing, finding, listing, looking, reading, running, state
 from probekit.errors import ProbekitError, UsageError
 
 _FLAGS = ("--no-plugins", "--debug")
@@ -88,7 +88,7 @@ def main_options(
     """
 
 
-for _group in (running, capturing, reading, looking, listing):
+for _group in (running, capturing, reading, finding, looking, listing):
     _group.register(app)
 
 

@@ -104,7 +104,7 @@ def _entry_table(kind: str, labelled: Sequence[tuple[str, Entry]]) -> Table:
     table = _table(f"{kind} ({len(labelled)})", extra, None if ours else "from", "")
     for label, entry in labelled:
         spec = entry.spec
-        name = f"{label}:{spec.argument}" if getattr(spec, "argument", None) else label
+        name = f"{label}:{spec.argument}".replace(":[", "[:") if getattr(spec, "argument", None) else label
         name = f"{label}:NAME" if getattr(spec, "any_variant", False) else name
         lines = [spec.summary]
         if getattr(spec, "published_as", None):

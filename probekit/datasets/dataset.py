@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -62,6 +62,15 @@ class Dataset:
     """Names of the class numbers, or None."""
     notes: Sequence[str] = ()
     """What a reader should know about how the images were found; shown before a run and in the report."""
+    train: Dataset | None = None
+    """Images to fit a probe on, none of them among `ids`; where there are none, a run may bring others."""
+    cues: Mapping[str, Sequence[int]] = {}
+    """Class numbers by cue, one an image, for images that show two things at once:
+    ``{"shape": [...], "texture": [...]}``. The numbers are those of `classes`."""
+    has_masks: bool = False
+    """Whether `mask` gives every image's class map."""
+    mask_ignore: int | None = None
+    """The number in a mask that stands for no class, if any. Negative numbers never do."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -72,6 +81,23 @@ class Dataset:
         Raises `DataError` (better: `BadImage`) for an image that can't be read.
         """
         raise NotImplementedError(f"{type(self).__name__}.image")
+
+    def class_of(self, name: str) -> int | None:
+        """The own class number that another dataset's class `name` means, None where there is none.
+
+        By it a probe trained on one dataset is scored on another: probabilities of classes that mean the
+        same are averaged. Default: the class of the same name, capitals apart.
+        """
+        wanted = name.casefold()
+        names = [own.casefold() for own in self.classes or ()]
+        return names.index(wanted) if wanted in names else None
+
+    def mask(self, index: int) -> Image.Image:
+        """A class number for each pixel of ``image(index)``: same size, one channel ("L", "P", "I").
+
+        Only where `has_masks`. Raises `DataError` (better: `BadImage`) for one that can't be read.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.mask")
 
     def fingerprint(self, indices: Sequence[int]) -> str:
         """32 hex digits that change when a listed image's id, label or pixels do, or their order.
@@ -108,15 +134,29 @@ class Dataset:
             seen: set[str] = set()
             twice = next(id for id in ids if id in seen or seen.add(id))
             raise PluginError(f"dataset {name!r} has the id {twice!r} more than once")
-        if self.labels is None:
+        self._check_classes("label", self.labels)
+        for cue, numbers in self.cues.items():
+            self._check_classes(f"{cue} cue", numbers)
+        if self.has_masks and type(self).mask is Dataset.mask:
+            raise PluginError(f"dataset {name!r} says it has masks but has no method 'mask'")
+        if self.train is not None:
+            if not isinstance(self.train, Dataset):
+                given = type(self.train).__name__
+                raise PluginError(f"dataset {name!r} has a {given!r} as its train split, not a dataset")
+            self.train.check()
+
+    def _check_classes(self, what: str, numbers: Sequence[int] | None) -> None:
+        if numbers is None:
             return
-        if len(self.labels) != len(ids):
-            raise PluginError(f"dataset {name!r} has {len(ids)} ids but {len(self.labels)} labels")
-        if self.classes is not None and ids:
-            low, high = min(self.labels), max(self.labels)
+        if len(numbers) != len(self.ids):
+            raise PluginError(
+                f"dataset {self.name!r} has {len(self.ids)} ids but {len(numbers)} {what}s",
+            )
+        if self.classes is not None and len(numbers):
+            low, high = min(numbers), max(numbers)
             if low < 0 or high >= len(self.classes):
                 wrong = low if low < 0 else high
-                raise PluginError(f"dataset {name!r} has label {wrong} but {len(self.classes)} classes")
+                raise PluginError(f"dataset {self.name!r} has {what} {wrong} but {len(self.classes)} classes")
 
 
 def select(total: int, limit: int | None) -> list[int]:
@@ -157,7 +197,7 @@ def decode(file: BinaryIO, id: str) -> Image.Image:
     """
     strict, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
     try:
-        image = Image.open(file, formats=_formats())
+        image = Image.open(file, formats=formats())
         image.load()
         rgb = to_rgb(image)
         # a plain image: the decoder's object would keep its (closed) file and could not be pickled
@@ -200,7 +240,8 @@ def openable() -> Iterator[tuple[str, str]]:
             yield suffix.lower(), name
 
 
-def _formats() -> list[str]:
+def formats() -> list[str]:
+    """What Pillow may take a file's content for, whatever its name."""
     Image.init()
     return [name for name in Image.ID if name not in BLOCKED_FORMATS]
 

@@ -1,4 +1,7 @@
-"""``folder:PATH``: the images of a folder, in ImageFolder layout (class subfolders) or flat."""
+"""``folder:PATH``: the images of a folder, in ImageFolder layout (class subfolders) or flat.
+
+A folder of a ``train`` and a ``val`` folder is a dataset with a train split.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +19,13 @@ from PIL import Image
 from probekit.datasets.dataset import BadImage, Dataset, combine, decode, is_shortage, openable, to_rgb
 from probekit.errors import DataError, UsageError
 
-__all__ = ["FolderDataset", "load", "to_rgb"]
+__all__ = ["FolderDataset", "find_folder", "load", "open_folder", "to_rgb"]
 
 # Looked for whatever this Pillow can do, so that a missing decoder is a named bad image, not silence.
 _SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 _UNDECODABLE = frozenset({".jxl", ".heic", ".heif", ".hif", ".avif", ".jp2"})
 _SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test"})
+_HELD_OUT = frozenset({"val", "validation", "test"})
 _HASH_THREADS = 8  # reading, not hashing, is what takes the time
 _HASH_CHUNK = 512  # files in flight: bounds memory, and how long Ctrl-C waits
 
@@ -71,7 +75,7 @@ class FolderDataset(Dataset):
     def image(self, index: int) -> Image.Image:
         """The image as RGB, in memory. Raises `BadImage` naming the file and the cause."""
         try:
-            with self._open(index) as file:
+            with self.open(index) as file:
                 return decode(file, self.ids[index])
         except OSError as error:
             if is_shortage(error):
@@ -84,9 +88,10 @@ class FolderDataset(Dataset):
         Sizes and times play no part: a changed file with the same ones changes the fingerprint, a copied
         or touched folder doesn't.
         """
-        return combine(self, indices, self._contents(indices))
+        return combine(self, indices, self.contents(indices))
 
-    def _contents(self, indices: Sequence[int]) -> Iterator[bytes]:
+    def contents(self, indices: Sequence[int]) -> Iterator[bytes]:
+        """A hash of each listed file, in order."""
         with ThreadPoolExecutor(_HASH_THREADS) as pool:
             for start in range(0, len(indices), _HASH_CHUNK):
                 yield from pool.map(self._content, indices[start : start + _HASH_CHUNK])
@@ -94,7 +99,7 @@ class FolderDataset(Dataset):
     def _content(self, index: int) -> bytes:
         digest = xxhash.xxh3_128()
         try:
-            with self._open(index) as file:
+            with self.open(index) as file:
                 while chunk := file.read(1 << 20):
                     digest.update(chunk)
         except OSError as error:
@@ -103,14 +108,59 @@ class FolderDataset(Dataset):
             return b"unreadable"
         return digest.digest()
 
-    def _open(self, index: int) -> BinaryIO:
+    def keep(self, positions: Sequence[int]) -> None:
+        """Leave out the images at all other positions."""
+        self._paths = [self._paths[k] for k in positions]
+        self.ids = [self.ids[k] for k in positions]
+        if self.labels is not None:
+            self.labels = [self.labels[k] for k in positions]
+
+    def open(self, index: int) -> BinaryIO:
+        """The image's file. Raises `OSError`."""
         return open(os.path.join(self.root, self._paths[index]), "rb")
 
 
 def load(argument: str) -> FolderDataset:
     """The dataset ``folder:argument``. Raises `DataError` where there is no such folder or no image in it."""
+    return open_folder("folder", argument)
+
+
+def open_folder(dataset: str, argument: str, kind: type[FolderDataset] = FolderDataset) -> FolderDataset:
+    """The folder's images as a `kind`. Raises as `load` does.
+
+    Where its subfolders are ``train`` and one of ``val``, ``validation`` and ``test``: the images of the
+    latter, with those of the former as `train`.
+    """
+    root = find_folder(dataset, argument)
+    _, folders = _Scan(str(root)).listing("")
+    held_out = [folder for folder in folders if folder in _HELD_OUT]
+    if len(folders) != 2 or "train" not in folders or not held_out:
+        return _images(kind, root, f"{dataset}:{argument}", argument)
+    (split,) = held_out
+    found = _images(kind, root / split, f"{dataset}:{argument}", os.path.join(argument, split))
+    train = os.path.join(argument, "train")
+    found.train = _images(kind, root / "train", f"{dataset}:{train}", train)
+    found.notes = [f"the images are those of {split!r}; those of 'train' are its train split", *found.notes]
+    return found
+
+
+def _images(kind: type[FolderDataset], root: Path, name: str, shown: str) -> FolderDataset:
+    found = kind(root, name=name)
+    if not len(found):
+        notes = f" ({'; '.join(found.notes)})" if found.notes else ""
+        raise DataError(
+            f"folder {shown!r} holds no images{notes}",
+            hint="it should hold images, or one subfolder of images for each class",
+        )
+    return found
+
+
+def find_folder(dataset: str, argument: str) -> Path:
+    """The folder `argument` names, ``~`` resolved. Raises `DataError` where there is none."""
     if not argument:
-        raise UsageError("dataset 'folder' needs a path", hint="for example --dataset folder:/data/val")
+        raise UsageError(
+            f"dataset {dataset!r} needs a path", hint=f"for example --dataset {dataset}:/data/val"
+        )
     try:
         root = Path(argument).expanduser()
         mode = root.stat().st_mode
@@ -127,16 +177,9 @@ def load(argument: str) -> FolderDataset:
         if root.suffix.lower() in (".zip", ".tar", ".tgz", ".gz", ".7z"):
             hint = "unpack it and give the folder"
         else:
-            hint = f"give the folder it is in: folder:{root.parent}"
+            hint = f"give the folder it is in: {dataset}:{root.parent}"
         raise DataError(f"{argument!r} is a file, not a folder", hint=hint)
-    dataset = FolderDataset(root, name=f"folder:{argument}")
-    if not len(dataset):
-        found = f" ({'; '.join(dataset.notes)})" if dataset.notes else ""
-        raise DataError(
-            f"folder {argument!r} holds no images{found}",
-            hint="it should hold images, or one subfolder of images for each class",
-        )
-    return dataset
+    return root
 
 
 class _Scan:

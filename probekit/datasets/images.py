@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+from PIL import Image
+
 from probekit.datasets.dataset import UNREADABLE, BadImage, Dataset, decode_failure, is_shortage, to_rgb
 from probekit.errors import DataError, PluginError, ProbekitError, UsageError
 from probekit.specs import Preprocessing
 
 if TYPE_CHECKING:
-    from PIL import Image
     from torch import Tensor
 
 Variant = Callable[["Tensor", int], "Tensor"]
@@ -53,8 +55,8 @@ class Batch:
         return len(self.indices)
 
 
-def transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
-    """timm's evaluation transform: RGB image -> (3, rows, cols) float32, normalised.
+def transform(preprocessing: Preprocessing, normalize: bool = True) -> Callable[[Image.Image], Tensor]:
+    """timm's evaluation transform: RGB image -> (3, rows, cols) float32, normalised, or else uint8.
 
     center: the side that needs least shrinking goes to ``floor(size / crop_pct)``, then a centre crop;
     squash: both sides go there, whatever the aspect; border: the whole image, padded with the mean.
@@ -69,7 +71,43 @@ def transform(preprocessing: Preprocessing) -> Callable[[Image.Image], Tensor]:
         std=preprocessing.std,
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
+        normalize=normalize,
     )
+
+
+def masks(dataset: Dataset, index: int, preprocessing: Preprocessing) -> np.ndarray:
+    """The class map of image `index` at the network's input: (rows, cols) int64, -1 where none counts.
+
+    Resized (nearest pixel) and cropped by the very transform of the image; -1 stands for the dataset's
+    `mask_ignore`, for negative numbers and for what `border` adds around the image.
+    Raises `BadImage` for a mask that can't be read or isn't one number a pixel.
+    """
+    id = dataset.ids[index]
+    try:
+        mask = dataset.mask(index)
+        numbers = np.asarray(mask)
+    except BadImage as error:
+        raise BadImage(id, error.reason) from error
+    except DataError as error:
+        raise BadImage(id, error.message) from error
+    except UNREADABLE as error:
+        if is_shortage(error):
+            raise
+        raise BadImage(id, f"its mask: {decode_failure(error)}") from error
+    if numbers.ndim != 2 or numbers.dtype.kind not in "iub":
+        raise BadImage(id, f"its mask has mode {mask.mode!r}, not one class number a pixel")
+    numbers = numbers.astype(np.int64)
+    if dataset.mask_ignore is not None:
+        numbers[numbers == dataset.mask_ignore] = -1
+    # A class number + 1 as the three bytes of a colour, black for none: so a mask goes through the image's
+    # own transform, padding included, and "nearest" mixes no two colours.
+    code = np.maximum(numbers, -1) + 1
+    if code.max(initial=0) >= 1 << 24:
+        raise BadImage(id, f"its mask has class number {int(numbers.max())}")
+    colours = np.stack([code >> 16, code >> 8 & 255, code & 255], axis=-1).astype(np.uint8)
+    exact = preprocessing.model_copy(update={"mean": (0.0, 0.0, 0.0), "interpolation": "nearest"})
+    red, green, blue = transform(exact, normalize=False)(Image.fromarray(colours)).numpy().astype(np.int64)
+    return (red << 16 | green << 8 | blue) - 1
 
 
 def batches(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, ClassVar
 
+import torch
 from torch import Tensor
 
 from probekit.attention import renormalise as normalised
@@ -24,15 +25,24 @@ class AttentionDistance(Metric):
        the share of attention it gives to prefix tokens.
     D: Euclidean distance between token centres; in windowed attention between their true places.
 
+    attention_distance_share is the distance over `uniform`, that of attention which is equal over all keys of
+    its window: both are means over the layer's tokens first. So layers of different grids, strides and
+    windows are on one scale. 1, as for any uniform attention, where all keys are in one place.
+
     The published code (``compat=cl-vs-mim``) adds 1e-32 to the patches' attention before it makes rows sum to
     1: that shows only where a query leaves all patches together less than about 1e-27.
     """
 
     name = "attention_distance"
+    version = 2
     needs = frozenset({"attention_stats"})
-    dims: ClassVar[Mapping[str, tuple[str, ...]]] = {"attention_distance": ("head",)}
-    units: ClassVar[Mapping[str, str]] = {"attention_distance": "px"}
+    dims: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention_distance": ("head",),
+        "attention_distance_share": ("head",),
+    }
+    units: ClassVar[Mapping[str, str]] = {"attention_distance": "px", "attention_distance_share": "1"}
     figure = "Fig. 3"
+    windows = "own"  # the share is of the whole layer's uniform distance
 
     def __init__(self, compat: str = "", renormalise: bool = True):
         super().__init__(compat=compat, renormalise=renormalise)
@@ -52,6 +62,7 @@ class AttentionDistance(Metric):
             "averaging": "keys, then queries; per image and head",
             "eps": self.eps,
             "distance": "Euclidean, token centres, pixels of the network's input",
+            "share": "of the layer's uniform attention, within windows",
             "reading": (
                 "Near the dotted line a head looks everywhere alike; far below it, at its neighbourhood."
             ),
@@ -62,17 +73,30 @@ class AttentionDistance(Metric):
         }
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:
-        """(B, H) px."""
-        if "attention_stats" in self.needs:
-            return {"attention_distance": layer.attention_stats.distance.float()}
-        a = layer.attention_full[:, :, layer.prefix :, layer.prefix :]
-        if self.renormalise:
-            a = normalised(a + self.eps)
-        return {"attention_distance": (a * layer.distances).sum(-1).mean(-1)}
+        """(B, H) px, and (B, H) of uniform."""
+        parts = layer.windows()
+        distance = sum(part.unfold(self._distance(part)).mean(1) * part.window_share for part in parts)
+        uniform = _uniform(parts)
+        share = torch.where(uniform > 0, distance / uniform, 1.0)
+        return {"attention_distance": distance.float(), "attention_distance_share": share.float()}
 
     def describe(self, layer: Layer) -> Mapping[str, float]:
-        """`uniform`: the distance of attention that is equal over all keys (of the window), in px.
+        """`uniform`: the distance of attention that is equal over all keys (of the window), in px;
+        `uniform_share` is 1.
 
         It is not the largest possible; late layers of contrastive models come close to it.
         """
-        return {"uniform": float(layer.distances.mean())}
+        return {"uniform": float(_uniform(layer.windows())), "uniform_share": 1.0}
+
+    def _distance(self, layer: Layer) -> Tensor:
+        if "attention_stats" in self.needs:
+            return layer.attention_stats.distance
+        a = layer.attention_full[:, :, layer.prefix :, layer.prefix :]
+        if self.renormalise:
+            a = normalised(a + self.eps)
+        return (a * layer.distances).sum(-1).mean(-1)
+
+
+def _uniform(parts: Sequence[Layer]) -> Tensor:
+    """px, the mean over the layer's queries of the mean distance to the keys of their window."""
+    return sum(part.distances[: part.window_count].mean() * part.window_share for part in parts)

@@ -6,15 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from probekit.attention import AttentionStats, stats_from_probabilities
-from probekit.metric import Metric
+from probekit.metric import Metric, Traces
 from probekit.metrics.compat import official
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from probekit.layer import Layer
+
+_NO_SPREAD = 1e-6
+"""Heads nearer to each other than rounding (3e-7) can tell have no density."""
 
 
 class NMI(Metric):
@@ -33,6 +39,8 @@ class NMI(Metric):
 
     Mostly the partition itself speaks in nmi_global of windowed layers (`uniform_global`), so never mix it
     with the curve of a ViT. With global attention the two are one.
+
+    The result also has the density of a layer's heads (Fig. E.1): `nmi_density` at `density_at`.
     """
 
     name = "nmi"
@@ -56,6 +64,10 @@ class NMI(Metric):
             "averaging": "NMI per image and head, then means",
             "eps": self.eps,
             "zero_by_zero": 0.0,
+            "density": (
+                "Gaussian kernels over the image means of a layer's heads; bandwidth by Scott's rule, "
+                "heads^(-1/5) times their standard deviation (ddof 1)"
+            ),
             "reading": ("0: every query sees the same map. Towards 1: each query sees keys of its own."),
             "does_not_show": (
                 "Not where the keys are, and not how spread a map is: uniform and collapsed maps are "
@@ -84,11 +96,31 @@ class NMI(Metric):
         # Uniform keys: H_g(k) = log n_g, so H(k) = log N, and I_g = 0.
         return {"uniform": 0.0, "uniform_global": apart / math.log(tokens) if tokens > 1 else 0.0}
 
+    def summarize(self, traces: Traces) -> xr.Dataset:
+        """As every metric, and `nmi_density` (layer, density_at), which integrates to 1 over the real line.
+
+        NaN for a layer of one head, or whose heads are all alike.
+        """
+        result = super().summarize(traces)
+        at = np.linspace(0, 1, 101)
+        density = np.stack([_density(heads[~np.isnan(heads)], at) for heads in result["nmi"].values])
+        result["nmi_density"] = (("layer", "density_at"), density, {"units": "1", "role": "density"})
+        return result.assign_coords(density_at=("density_at", at, {"units": "1"}))
+
     def _stats(self, layer: Layer) -> AttentionStats:
         if not self.eps:
             return layer.attention_stats
         a = layer.attention_full[:, :, layer.prefix :, layer.prefix :]
         return stats_from_probabilities(a + self.eps, layer.distances)
+
+
+def _density(heads: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Density of a layer's heads at the places `at`, by Gaussian kernels."""
+    from scipy.stats import gaussian_kde  # takes long to import
+
+    if len(heads) < 2 or np.ptp(heads) < _NO_SPREAD:
+        return np.full(len(at), np.nan)
+    return gaussian_kde(heads)(at)
 
 
 def _tokens(parts: list[Layer]) -> int:

@@ -285,7 +285,7 @@ class Catalog:
         ref = parse_dataset(ref) if isinstance(ref, str) else ref
         entry = self._named("datasets", ref)
         wants, bare = entry.spec.argument, dataclasses.replace(ref, argument=None)
-        if wants and ref.argument is None:
+        if wants and not wants.startswith("[") and ref.argument is None:
             raise UsageError(
                 f"dataset {quoted(bare)} needs {wants}", hint=f"write {quoted(f'{bare}:{wants}')}"
             )

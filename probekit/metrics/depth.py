@@ -1,0 +1,40 @@
+"""What metrics with a `summarize` of their own share: the depth curve, and which row is the last layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import xarray as xr
+
+from probekit.metric import Row
+
+
+def depth_curve(
+    name: str,
+    mean: np.ndarray,
+    low: np.ndarray | None = None,
+    high: np.ndarray | None = None,
+    *,
+    units: str,
+    reduced: str = "mean",
+) -> dict[str, xr.Variable]:
+    """``NAME_curve``, ``NAME_curve_low`` and ``NAME_curve_high`` (layer): what a report draws against depth.
+
+    low, high: (layer,); NaN where no interval is known, so by default everywhere
+    reduced:   how one layer's values became one number
+    """
+    unknown = np.full(len(mean), np.nan)
+    columns = {"": mean, "_low": unknown if low is None else low, "_high": unknown if high is None else high}
+    return {
+        f"{name}_curve{end}": xr.Variable(
+            ("layer",), column, {"units": units, "role": f"curve{end}", "reduced": reduced}
+        )
+        for end, column in columns.items()
+    }
+
+
+def last_layer(rows: Sequence[Row]) -> int:
+    """Number of the row after the last layer of the model's first part (the encoder, not the decoder)."""
+    first = [number for number, row in enumerate(rows) if row.part == rows[0].part]
+    return max((number for number in first if rows[number].site == "out"), default=first[-1])

@@ -1,0 +1,46 @@
+"""Reading the traces of `features`: one vector per image and token site, widths differing between sites."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from probekit.errors import DoesNotApply, UsageError
+from probekit.metric import Traces
+
+POOLS = {"mean": "features", "cls": "features:pool=cls"}
+"""A metric's option ``pool`` and the source it stands for."""
+
+
+def source(pool: str) -> str:
+    """The metric whose traces hold features pooled so. Raises `UsageError` for an unknown `pool`."""
+    if pool not in POOLS:
+        raise UsageError(
+            f"pool is 'mean' or 'cls', not '{pool}'", hint="mean: of patch tokens; cls: the class token"
+        )
+    return POOLS[pool]
+
+
+def pooled(traces: Traces, row: int) -> np.ndarray:
+    """The features at one site, (images, C) float32, without the columns only wider sites have."""
+    found = traces["features"][:, row]
+    return found[:, ~np.isnan(found[0])]
+
+
+def measured(traces: Traces, *sites: str) -> list[int]:
+    """Numbers of the rows that have features, of these sites (all by default).
+
+    Raises `DoesNotApply` where there is none.
+    """
+    rows = [
+        number
+        for number, row in enumerate(traces.rows)
+        if (not sites or row.site in sites) and not np.isnan(traces["features"][0, number]).all()
+    ]
+    if not rows:
+        raise DoesNotApply("there are no features of these sites")
+    return rows
+
+
+def between_layers(traces: Traces) -> list[int]:
+    """The measured rows before, between and after layers: ``embed`` and ``out``, not ``mid``."""
+    return measured(traces, "embed", "out")
