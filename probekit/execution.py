@@ -331,11 +331,16 @@ class _Cell:
                 continue
             shown = subject.view(measurements[0].view)
             runner = PassRunner(shown, measurements, batch_size, self.grid.workers, self._names, self.listen)
-            self._announce(shown, measurements)
-            with shown.active():
-                source, _ = shown.watch()
-                runner.prepare(source)
-                runner.run(source)
+            try:
+                with shown.active():
+                    self._announce(shown, measurements)
+                    source, _ = shown.watch()
+                    runner.prepare(source)
+                    runner.run(source)
+            except DoesNotApply as reason:  # the variation changes what this model hasn't got
+                for m in measurements:
+                    m.missing = []
+                    m.traces.write_absent(reason.message)
 
     def _announce(self, shown: Subject, measurements: Sequence[Measurement]) -> None:
         view, total = measurements[0].view, len(shown.indices)
@@ -373,7 +378,7 @@ class _Cell:
             traces = shown.completed(m.read(shown, self.grid.seed, mapped=mapped))
             return replace(traces, train=read(train)) if train is not None else traces
 
-        varied = {name: read(*pair) for name, pair in job.variations.items()}
+        varied = {name: read(*pair) for name, pair in job.variations.items() if not pair[0].traces.absent}
         return replace(read(job.own, job.train), variations=varied)
 
     def _end(self, entry: Entry, outcome: Outcome, identity: str = "") -> None:
@@ -410,6 +415,8 @@ def _measured_outcome(job: Job) -> Outcome | None:
     """How a metric ended that could not be measured; None when its traces are complete."""
     for m in job.measurements:
         c = m.collector
+        if m.traces.absent:
+            continue
         if c is not None and c.failure is not None:
             return Outcome("failed", c.failure.message, "", c.failure.details)
         if c is not None and not c.applies:

@@ -6,6 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from probekit.errors import DoesNotApply, ProbekitError
@@ -101,14 +102,24 @@ def compare_models(run: Run, entry: Entry, metric: Metric, traced: tuple[str, in
             if before.trace == identity and before.status == "done" and folder.result(name).exists():
                 continue
 
-            def summarise(model: str = model, one: _Held = one, folder: CellFolder = folder) -> Outcome:
-                started = time.perf_counter()
-                others = {m: o.read(run.seed) for m, o in complete.items() if m != model}
-                traces = replace(one.read(run.seed), others=others)
-                store_result(folder, entry, metric.summarize(traces), one.about, traced)
-                return Outcome("done", images=len(traces), seconds=time.perf_counter() - started)
+            rest = {m: o for m, o in complete.items() if m != model}
+            outcome = contained(partial(_compared, folder, entry, metric, traced, one, rest, run.seed))
+            end_metric(folder, entry, outcome, identity, listen)
 
-            end_metric(folder, entry, contained(summarise), identity, listen)
+
+def _compared(
+    folder: CellFolder,
+    entry: Entry,
+    metric: Metric,
+    traced: tuple[str, int],
+    one: _Held,
+    rest: Mapping[str, _Held],
+    seed: int,
+) -> Outcome:
+    started = time.perf_counter()
+    traces = replace(one.read(seed), others={model: other.read(seed) for model, other in rest.items()})
+    store_result(folder, entry, metric.summarize(traces), one.about, traced)
+    return Outcome("done", images=len(traces), seconds=time.perf_counter() - started)
 
 
 def _held(run: Run, model: str, dataset: str, traced: tuple[str, int]) -> _Held | None:

@@ -132,6 +132,8 @@ class Traces:
     variations: the same under each of `Metric.variations`, by name
     others:     the same for the run's other models, by name
     cues:       class numbers of each image by cue, ``{"shape": ..., "texture": ...}``
+    class_of:   what number a class of another dataset has here, by its name; None for none
+    device:     where heavy sums may be done: the run's device
     mask:       position of an image -> (rows, cols) class map at the network's input size, -1 to ignore
     """
 
@@ -148,6 +150,8 @@ class Traces:
     others: Mapping[str, Traces] = field(default_factory=dict)
     cues: Mapping[str, Sequence[int]] = field(default_factory=dict)
     mask: Callable[[int], np.ndarray] | None = None
+    class_of: Callable[[str], int | None] | None = None
+    device: str = "cpu"
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.values[name]

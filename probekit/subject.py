@@ -256,7 +256,14 @@ class Live:
             return image_loading.masks(self.dataset, place[traces.images[position]], self.preprocessing)
 
         has_masks = self.dataset.has_masks
-        return replace(traces, classes=self.measured.classes, cues=cues, mask=mask if has_masks else None)
+        return replace(
+            traces,
+            classes=self.measured.classes,
+            cues=cues,
+            mask=mask if has_masks else None,
+            class_of=self.measured.class_of if self.measured.classes is not None else None,
+            device=str(self.device),
+        )
 
     def watch(self) -> tuple[Watcher, Tensor]:
         """The plan is made on the first two images that can be read, whatever shard is measured next."""

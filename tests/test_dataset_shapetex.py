@@ -147,6 +147,21 @@ def test_options_that_make_no_sense() -> None:
     assert load(None, train=0).train is None
 
 
+def test_it_is_a_built_in_with_an_optional_kind() -> None:
+    from probekit.plugins.catalog import Catalog
+    from probekit.subject import open_dataset
+
+    catalog = Catalog.load([], enabled=False)
+    for text, count, train, size in [
+        ("shapetex", 2048, 50_000, 64),
+        ("shapetex?images=10&size=32", 10, 50_000, 32),
+        ("shapetex:cue-conflict?train=5", 2048, 5, 64),
+    ]:
+        data = open_dataset(catalog.dataset(text), catalog)
+        assert (len(data), len(data.train), data.image(0).size) == (count, train, (size, size))
+        assert data.name == text.partition("?")[0]
+
+
 # --- what is drawn ---------------------------------------------------------------------------------
 
 

@@ -543,6 +543,35 @@ def test_bands_of_a_result_have_the_mean_of_their_intervals(tmp_path):
     assert ranks.value == pytest.approx(1) and not ranks.known  # no mean: its interval isn't known
 
 
+def test_what_noise_costs_each_image_is_paired(tmp_path):
+    rng = np.random.default_rng(2)
+    clean = rng.random((6, 120)) < 0.8
+    bands = np.array([0.1, 0.5, 0.9])
+
+    def result(lost):
+        """`lost` of two draws of noise make an image wrong, in the bands from 0.5."""
+        noisy = np.repeat(2 * clean[:, None], 3, axis=1)
+        noisy[:, 1:] -= np.minimum(noisy[:, 1:], lost)
+        drop = 100 * (clean[:, None] - noisy / 2).mean(-1)
+        variables = {
+            "frequency_robustness": (("layer", "band"), drop, {"units": "%", "role": "mean"}),
+            "correct": (("layer", "image"), clean.astype(np.int8)),
+            "correct_noisy": (("layer", "band", "image"), noisy.astype(np.int16)),
+        }
+        images = np.array([f"{i}.png" for i in range(120)])
+        coordinates = {**layer_coordinates(rows_of(6, site="out")), "band": bands, "image": images}
+        return xr.Dataset(
+            variables, coordinates, {"metric": "frequency_robustness", "version": 1, "seeds": 2}
+        )
+
+    models = {CL: {"frequency_robustness": result(0)}, MIM: {"frequency_robustness": result(1)}}
+    run = make(tmp_path, models)
+    quantity = Quantity("frequency_robustness", inner=Above(0.5))
+    found = verdict(run, claim(quantity=quantity, higher="MIM", than="CL", over=LAST_LAYER))
+    assert found.status == "holds" and found.effect.over == "images" and found.effect.count == 120
+    assert found.effect.value == pytest.approx(50 * clean[-1].mean())
+
+
 # ------------------------------------------------------------------ several models
 
 

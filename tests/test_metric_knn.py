@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Row, Traces
 from probekit.metrics import knn as module
-from probekit.metrics.knn import KNN, predictions, wilson
+from probekit.metrics.knn import KNN, predictions
+from probekit.metrics.readout import wilson
 
 
 def clouds(n, classes=4, width=6, seed=0, spread=1.5):

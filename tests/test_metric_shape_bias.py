@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from probe_traces import rows, shuffled, split, traces
 
 from probekit.errors import DoesNotApply, UsageError
+from probekit.metric import Traces
 from probekit.metrics.shape_bias import Decisions, ShapeBias
 from probekit.metrics.trials import COLUMNS, count, decisions_csv
 from probekit.store.results import read_result, write_result
@@ -77,7 +78,7 @@ def test_trials_of_classes_without_training_images_are_left_out_and_counted():
     shape, texture = [0, 1, 2, 3, 0], [1, 3, 3, 0, 2]
     result = ShapeBias(l2=0.01).summarize(conflict([0, 1, 2, 0, 0], shape, texture, known={0, 1, 2}))
     assert result["counted"].values.tolist() == [1, 0, 0, 0, 1]
-    assert (result.attrs["trials"], result.attrs["undecidable"], result.attrs["train_classes"]) == (2, 3, 3)
+    assert (result.attrs["trials"], result.attrs["undecidable"], result.attrs["decidable_classes"]) == (2, 3, 3)
     assert (result["shape_bias"].values == 100).all()
     np.testing.assert_allclose(result["chance_either"].values, 200 / 3)
     assert not (result["decisions"].values == 3).any()
@@ -148,5 +149,58 @@ def test_needs_no_labels_and_refuses_other_classifiers():
     given = replace(conflict([0, 1], [0, 1], [1, 2]), labels=None)
     assert (ShapeBias(l2=0.01).summarize(given)["shape_bias"].values == 100).all()
     with pytest.raises(UsageError):
-        ShapeBias(classifier="own")
+        ShapeBias(classifier="mine")
     assert [row.site for row in ShapeBias().rows(rows())] == ["embed", "out", "out"]
+
+
+# ---------------------------------------------------------------------- the model's own classifier
+
+
+def own(scores, shape, texture, classes, class_of=None):
+    """Traces of class_scores: (images, outputs) logits."""
+    scores = np.asarray(scores, dtype=np.float64)
+    logs = scores - np.log(np.exp(scores).sum(1, keepdims=True))
+    cues = {"shape": list(shape), "texture": list(texture)}
+    row = replace(rows()[-1], label="output", site="output")
+    ids = [f"i{n}" for n in range(len(scores))]
+    values = {"class_scores": logs[:, None].astype(np.float32)}
+    return Traces(values, [row], ids, cues=cues, classes=classes, class_of=class_of)
+
+
+def test_the_models_own_classifier():
+    scores = np.eye(3)[[0, 2, 1, 1]] * 9
+    found = ShapeBias(classifier="own").summarize(own(scores, [0, 0, 1, 0], [1, 2, 2, 2], ["a", "b", "c"]))
+    assert found["decisions"].values.tolist() == [[0, 2, 1, 1]]
+    assert found["shape_bias"].values == pytest.approx([100 * 2 / 3])
+    assert found["layer"].values.tolist() == ["output"]
+    assert ShapeBias(classifier="own").requires == {"cues"}
+
+
+def test_imagenet_outputs_become_categories_by_mean_probability():
+    """The mean, not the sum or the largest: 207 of 1,000 classes, of which 110 are dogs and one is a knife."""
+    from timm.data import ImageNetInfo
+
+    from probekit.datasets.cue_conflict import CATEGORIES, category
+
+    numbers = [category(wnid) for wnid in ImageNetInfo("imagenet-1k").label_names()]
+    assert sum(n is not None for n in numbers) == 207
+    dog, knife, oven = (CATEGORIES.index(name) for name in ("dog", "knife", "oven"))
+    rng = np.random.default_rng(0)
+    scores = rng.normal(size=(40, 1000))
+    scores[0] = -9.0
+    scores[0, [i for i, n in enumerate(numbers) if n == dog]] = 1.0  # a little for every dog
+    scores[0, numbers.index(knife)] = 2.0  # more for the one knife
+    traced = own(scores, [knife] * 40, [dog] * 40, list(CATEGORIES), category)
+    found = ShapeBias(classifier="own").summarize(traced)
+    share = np.exp(np.asarray(traced["class_scores"], dtype=np.float64))[:, 0]
+    expected = [
+        int(np.argmax([np.mean([p[i] for i, n in enumerate(numbers) if n == k]) for k in range(16)]))
+        for p in share
+    ]
+    assert found["decisions"].values[0].tolist() == expected
+    assert expected[0] == knife != oven
+
+
+def test_outputs_that_are_no_classes_are_refused():
+    with pytest.raises(DoesNotApply, match="returns 768 numbers"):
+        ShapeBias(classifier="own").summarize(own(np.zeros((2, 768)), [0, 1], [1, 0], ["a", "b"]))

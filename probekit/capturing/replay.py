@@ -243,7 +243,7 @@ class Captured:
         return self.info["ids"], self.info["labels"]
 
     def completed(self, traces: Traces) -> Traces:
-        return replace(traces, classes=self.info["classes"])
+        return replace(traces, classes=self.info["classes"], device=str(self.device))
 
     def watch(self) -> tuple[Captured, Tensor]:
         held = np.flatnonzero(self._shard >= 0)

@@ -124,6 +124,6 @@ def load(argument: str | None, **options: str | int) -> ShapeTex:
     if kind not in KINDS:
         raise UsageError(
             f"shapetex has no kind {kind!r}",
-            hint=f"its kinds are {', '.join(KINDS)}; its options {', '.join(options)}",
+            hint=f"its kinds are {', '.join(KINDS)}; options follow a '?', as in 'shapetex?size=32'",
         )
     return ShapeTex(kind, **options)

@@ -43,9 +43,7 @@ class ClassScores(Metric):
         """`class_scores` (layer, class), means over images, and the confidence as its curve (layer)."""
         values = np.asarray(traces["class_scores"], dtype=np.float64)
         curve = summary(np.exp(values.max(-1)), traces.seed)
-        variables = {
-            "class_scores": (("layer", "class"), values.mean(0), {"units": "nats", "role": "mean"})
-        }
+        variables = {"class_scores": (("layer", "class"), values.mean(0), {"units": "nats", "role": "mean"})}
         for suffix, part in (("", "mean"), ("_low", "low"), ("_high", "high")):
             attrs = {"units": "1", "role": f"curve{suffix}"}
             variables[f"class_scores_curve{suffix}"] = (("layer",), curve[part], attrs)

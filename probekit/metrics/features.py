@@ -44,7 +44,7 @@ class Features(Metric):
             ],
             "curve": "root mean square over channels of an image's vector",
             "reading": "How large the pooled vector is. What the layers know is read by the probes.",
-            "does_not_show": "Nothing about what is encoded: the scale of the residual stream grows by itself.",
+            "does_not_show": "What is encoded: the scale of the residual stream grows by itself.",
         }
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from statistics import NormalDist
 from typing import ClassVar
 
 import numpy as np
@@ -15,7 +14,8 @@ from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Traces
 from probekit.metrics.depth import depth_curve
 from probekit.metrics.pooled import between_layers, pooled, source
-from probekit.summaries import LEVEL, layer_coordinates, result_attributes
+from probekit.metrics.readout import wilson
+from probekit.summaries import layer_coordinates, result_attributes
 
 NEIGHBOURS = (10, 20, 100, 200)
 TEMPERATURE = 0.07
@@ -125,15 +125,6 @@ def predictions(test: np.ndarray, train: np.ndarray, labels: Tensor, ks: list[in
                 votes.scatter_add_(1, voted[:, before:k], weights[:, before:k])
                 found[number, part], before = votes.argmax(1), k
     return found
-
-
-def wilson(hits: np.ndarray, n: int) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's score interval (JASA 1927) of the share hits / n, in percent: low and high."""
-    z = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    share = hits / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return 100 * (centre - half).clip(0, 1), 100 * (centre + half).clip(0, 1)
 
 
 def _unit(features: np.ndarray) -> Tensor:

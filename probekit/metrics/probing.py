@@ -133,13 +133,12 @@ def fit_many(
     *,
     seed: int = 0,
     groups: Sequence[int] | None = None,
-    device: torch.device | str | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Probe]:
     """A probe for each (n, C) of `features`, all with the same n labels out of `classes`.
 
     groups: rows of one group are held out together (patches of an image)
-    device: where it is computed, the GPU where there is one by default. sgd on a GPU trains all sets of equal
-            width as one batched problem
+    device: where it is computed; sgd on a GPU trains all sets of equal width as one batched problem
 
     Raises `DoesNotApply` where fewer than two classes occur, or nothing can be held out to choose on;
     `MetricError` for features that aren't finite and where sgd diverges.
@@ -148,8 +147,7 @@ def fit_many(
     known, targets = np.unique(np.asarray(labels), return_inverse=True)
     if len(known) < 2:
         raise DoesNotApply(f"the train split shows {len(known)} of the classes, a probe needs two")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    task = _Task(recipe, targets, len(known), device, seed)
+    task = _Task(recipe, targets, len(known), torch.device(device), seed)
     held = held_out(targets, recipe.held_out, seed, groups) if recipe.chooses else None
     solve = _lbfgs if recipe.solver == "lbfgs" else _sgd
     return [

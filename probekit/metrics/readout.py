@@ -121,7 +121,9 @@ class Readout(Metric):
         if not rows:
             raise DoesNotApply("no layer of this model has features")
         matrices = _Matrices(train["features"], places, widths)
-        probes = fit_many(matrices, train.labels, classes_of(traces), self.recipe, seed=traces.seed)
+        probes = fit_many(
+            matrices, train.labels, classes_of(traces), self.recipe, seed=traces.seed, device=traces.device
+        )
         return Heads(rows, places, probes)
 
 

@@ -151,7 +151,8 @@ class SegmentationProbe(Metric):
         image = np.repeat(np.arange(len(traces.train)), targets.shape[1])
         tokens = _tokens(traces.train, place, targets.shape[1])[kept]
         labels = targets.ravel()[kept]
-        return fit_many([tokens], labels, classes, self.recipe, seed=traces.seed, groups=image[kept])[0]
+        options = {"seed": traces.seed, "groups": image[kept], "device": traces.device}
+        return fit_many([tokens], labels, classes, self.recipe, **options)[0]
 
 
 def _there(traces: Traces, place: int) -> bool:

@@ -47,7 +47,9 @@ class ShapeBias(Readout):
     over these classes (`shape_bias_mean`). NaN where nothing was decided for either. `shape_bias_either`: the
     share of counted trials decided for either cue.
 
-    classifier: whose decisions: ``probe``, trained on the train split's features
+    classifier: whose decisions: ``probe``, trained on the train split's features, or ``own``, the model's, for
+                which the probe's options say nothing. Of an ImageNet classifier a category has the mean
+                probability of its classes (Geirhos et al.)
     """
 
     name = "shape_bias"
@@ -59,12 +61,17 @@ class ShapeBias(Readout):
 
     def __init__(self, classifier: str = "probe", **shared):
         super().__init__({"classifier": classifier}, **shared)
-        if classifier != "probe":
-            raise UsageError(f"classifier is 'probe', not '{classifier}'")
+        if classifier not in ("probe", "own"):
+            raise UsageError(f"classifier is 'probe' or 'own', not '{classifier}'")
+        self.own = classifier == "own"
+        if self.own:
+            self.source, self.requires, self.conventions = "class_scores", frozenset({"cues"}), {}
         self.conventions |= {
             "definition": "Geirhos et al. 2019, cue conflict; Park et al. 2023, Fig. 8a",
-            "trials": "shape and texture differ, both among the classes of the train split",
-            "classifier": "linear probe trained on the train split, deciding among all its classes",
+            "trials": "shape and texture differ, both among the classes that can be decided",
+            "classifier": "the model's own; mean probability of the classes of a category"
+            if self.own
+            else "linear probe trained on the train split, deciding among all its classes",
             "zero_by_zero": "NaN",
             "reading": "Above 50: where shape and texture conflict, more decisions follow the shape.",
             "does_not_show": (
@@ -79,7 +86,7 @@ class ShapeBias(Readout):
         names = class_names(traces)
         counts = count(made.decided, shape, texture, made.decidable, len(names))
         if not counts.counted.any():
-            raise DoesNotApply("no image's shape and texture are two different classes of the train split")
+            raise DoesNotApply("no image's shape and texture are two different classes that can be decided")
         by_shape, either = counts.by_shape, counts.by_shape + counts.by_texture
         categories = np.unique(shape[counts.counted])
         trials, rows = int(counts.counted.sum()), len(made.rows)
@@ -104,7 +111,6 @@ class ShapeBias(Readout):
             "shape": xr.Variable(("image",), shape.astype(np.int32)),
             "texture": xr.Variable(("image",), texture.astype(np.int32)),
             "counted": xr.Variable(("image",), counts.counted.astype(np.int8)),
-            "train_images": xr.Variable(("class",), np.bincount(traces.train.labels, minlength=len(names))),
             **made.settings,
         }
         coordinates = {
@@ -122,9 +128,36 @@ class ShapeBias(Readout):
             trials=trials,
             same_cue=int((~counts.conflict).sum()),
             undecidable=int((counts.conflict & ~counts.counted).sum()),
-            train_classes=len(made.decidable),
+            decidable_classes=len(made.decidable),
         )
 
     def decide(self, traces: Traces) -> Decisions:
+        if self.own:
+            return _own_decisions(traces)
         heads = self.heads(traces)
-        return Decisions(heads.rows, heads.decide(traces), heads.known, chosen(heads))
+        seen = np.bincount(traces.train.labels, minlength=len(class_names(traces)))
+        images = {"train_images": xr.Variable(("class",), seen)}
+        return Decisions(heads.rows, heads.decide(traces), heads.known, chosen(heads) | images)
+
+
+def _own_decisions(traces: Traces) -> Decisions:
+    """Raises `DoesNotApply` where the model's outputs can't be told to be these classes, or ImageNet's."""
+    scores = np.asarray(traces["class_scores"], dtype=np.float64)  # (images, 1, outputs), log-probabilities
+    names, outputs = class_names(traces), scores.shape[-1]
+    if outputs == len(names):
+        numbered = np.arange(outputs)
+    elif outputs == 1000 and traces.class_of is not None:
+        from timm.data import ImageNetInfo
+
+        found = [traces.class_of(wnid) for wnid in ImageNetInfo("imagenet-1k").label_names()]
+        numbered = np.array([-1 if number is None else number for number in found])
+    else:
+        raise DoesNotApply(
+            f"the model returns {outputs} numbers, neither the dataset's {len(names)} classes nor ImageNet's"
+        )
+    decidable = np.unique(numbered[numbered >= 0])
+    if len(decidable) < 2:
+        raise DoesNotApply("the model's classes are not those of the dataset")
+    share = np.exp(scores)
+    means = np.stack([share[..., numbered == number].mean(-1) for number in decidable], -1)
+    return Decisions(list(traces.rows), decidable[means.argmax(-1)].T, decidable, {})

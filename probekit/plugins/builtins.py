@@ -173,8 +173,8 @@ def probekit_metrics() -> list[MetricSpec]:
             options={
                 "classifier": Option(
                     default="probe",
-                    choices=("probe",),
-                    help="`probe`: a linear probe on each layer's features decides",
+                    choices=("probe", "own"),
+                    help="`probe`: a linear probe on each layer's features decides; `own`: the model's",
                 ),
                 **_POOLED_PROBE,
             },

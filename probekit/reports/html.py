@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from probekit.reports.charts import Chart, Panel, Point, clean
 from probekit.reports.curves import Trouble, charts
 from probekit.reports.figures import NARROW, WIDE, baseline_name, has_labels, lines_of, panel_svg
+from probekit.reports.findings import Tables, positions, tables, unplaced
 from probekit.reports.looks import Style, legend_name, styles
 from probekit.reports.provenance import bad_images, command, facts, plain, provenance, summary
 from probekit.store.sealing import write_bytes
@@ -79,6 +80,7 @@ def _page(run: Run) -> dict[str, Any]:
         "facts": facts(run),
         "command": command(run, name),
         "counts": _counts(cells),
+        "findings": _findings(run),
         "charts": [_chart(chart, looks, number) for number, chart in enumerate(drawn, 1)],
         "troubles": _without_result(cells, troubles),
         "bad_images": bad_images(run),
@@ -114,6 +116,36 @@ def _without_result(cells: Sequence[Cell], troubles: Sequence[Trouble]) -> list[
             {**item, "metric": trouble.metric, "model": trouble.model, "dataset": trouble.dataset}
         )
     return [{"title": _GROUPS[key], "cells": items} for key, items in found.items() if items]
+
+
+# --- findings
+
+
+def _findings(run: Run) -> list[dict[str, Any]]:
+    """One table for each dataset, where there are models to compare. Findings of plugins are shown by
+    `probekit findings`: a page must not depend on what else is installed."""
+    from probekit.plugins.catalog import Catalog
+
+    if len(run.models) < 2:
+        return []
+    found = tables(run, Catalog.load(enabled=False), folder=run.path.resolve().name)
+    return [_finding_table(each, run.models) for each in found]
+
+
+def _finding_table(found: Tables, models: Sequence[str]) -> dict[str, Any]:
+    absent = sum(len(missing.names) for missing in found.missing)
+    placed = any(one.position for one in found.fingerprint)  # plain values are in the charts
+    return {
+        "dataset": found.dataset,
+        "lines": found.lines,
+        "kinds": {line.status: line.status.replace("'", "").replace(" ", "-") for line in found.lines},
+        "missing": found.missing,
+        "absent": "1 claim" if absent == 1 else f"{absent} claims",
+        "command": found.command,
+        "notes": found.notes,
+        "positions": positions(found.fingerprint, models) if placed else [],
+        "unplaced": unplaced(found.fingerprint),
+    }
 
 
 # --- charts

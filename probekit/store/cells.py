@@ -150,6 +150,8 @@ class TraceFolder:
 
     def missing(self) -> tuple[list[int], list[str]]:
         """Shards still to be measured, and what is wrong with those that exist but can't be kept."""
+        if self.absent:
+            return [], []
         wanted, problems = [], []
         described = self.rows() is not None
         for index in self.shards:
@@ -180,6 +182,14 @@ class TraceFolder:
             **({"sample": list(self.sample)} if self.sample is not None else {}),
         }
         seal_json(self.path / "rows.json", content)
+
+    @property
+    def absent(self) -> str:
+        """Why there is nothing to measure (a variation changes layers the model hasn't got); else ""."""
+        return (self.rows() or {}).get("absent", "")
+
+    def write_absent(self, reason: str) -> None:
+        seal_json(self.path / "rows.json", {"format_version": FORMAT_VERSION, "absent": reason})
 
     def as_written(self) -> TraceFolder:
         """This folder with the sample that it was made with."""
