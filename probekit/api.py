@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def run(
     models: str | Sequence[str],
-    datasets: str | Sequence[str],
+    datasets: str | Sequence[str] = (),
     metrics: str | Sequence[str] = "all",
     *,
     out: str | Path | None = None,
@@ -31,11 +31,13 @@ def run(
 ) -> Run:
     """Measure a grid of models x metrics x datasets, doing only what is missing in `out`.
 
-    models, metrics, datasets: references as on the command line, e.g. ``"moco:vit-b16@random"``
+    models, metrics, datasets: references as on the command line, e.g. ``"moco:vit-b16@random"``; without a
+               dataset 512 images of ``shapetex``
     out:       the run's folder; by default a new one under ``runs``, or the newest of the same grid
     plugins:   files with metrics or hooks, as ``--plugin``
     on_event:  hears of progress (`probekit.events.Event`)
-    settings:  limit, seed, batch_size, device, dtype, image_size, workers, on_bad_image, allow_unwatched
+    settings:  limit, train, train_limit, seed, batch_size, device, dtype, image_size, workers, on_bad_image,
+               allow_unwatched
 
     Raises `ProbekitError`. A metric that fails is recorded in the run, not raised.
     """
@@ -152,7 +154,7 @@ def _metrics(
 
     One that needs more than images alone is refused, or left out of ``"all"``.
     """
-    from probekit.execution import make_metric
+    from probekit.jobs import make_metric
 
     found: dict[str, tuple[Metric, bool]] = {}
     for item in [asked] if isinstance(asked, (str, Metric, type)) else asked:
@@ -177,7 +179,7 @@ def _metrics(
 
 def _measured(chosen: Mapping[str, tuple[Metric, bool]], catalog: Catalog) -> dict[str, Metric]:
     """The metrics that measure, by name: those chosen, and those whose traces they draw on."""
-    from probekit.execution import make_metric
+    from probekit.jobs import make_metric
 
     found = {}
     for name, (metric, _) in chosen.items():

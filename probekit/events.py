@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Event:
     """Something to show while a run goes on.
 
-    kind: cell (a pass begins: `total` images, `done` already there; `text` names one that isn't over the
-          measured images as they are), images (`done` more), bad-image,
-          warning, metric (ended, with `outcome`), cell-failed (with `error`), cell-done
+    kind: cell (a cell begins: `total` images over all its passes, `done` already there), pass (`text` says
+          which: ``all``, ``train``, ``all~VARIATION``), images (`done` more), bad-image, warning, summary
+          (of `metric` begins), metric (ended, with `outcome`), cell-failed (with `error`), cell-done
     """
 
     kind: str

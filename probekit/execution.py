@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from probekit.engine import pick_device
-from probekit.errors import DataError, DoesNotApply, MetricError, ProbekitError
+from probekit.errors import DataError, DoesNotApply, ProbekitError
 from probekit.events import Event, Listener, nobody
 from probekit.finishing import compare_models, contained, end_metric, store_result
 from probekit.grid import Grid, Resolved
-from probekit.metric import Metric, Traces
+from probekit.jobs import Chosen, Job, choose_metrics
+from probekit.metric import Traces
 from probekit.passes import (
     Measurement,
     PassRunner,
     images_to_do,
     left_to_do,
     measurement,
-    source_of,
     try_out,
 )
 from probekit.plugins.catalog import Catalog, Entry
-from probekit.store.cells import CellFolder, Outcome, identity_hash, require_same
+from probekit.store.cells import CellFolder, Outcome, require_same
 from probekit.store.runfolder import Run, create_run
 from probekit.store.writing import RunLock
 from probekit.subject import Live, Subject, View, default_batch, open_dataset, versions
@@ -47,66 +47,6 @@ class Forecast:
     bytes: int
     seconds: float
     passes: int = 0
-
-
-@dataclass(frozen=True)
-class Chosen:
-    """A metric of the grid, and the one whose traces it summarises where that is another."""
-
-    entry: Entry
-    metric: Metric
-    source: tuple[Entry, Metric] | None = None
-
-    @property
-    def measured(self) -> tuple[Entry, Metric]:
-        return self.source or (self.entry, self.metric)
-
-
-@dataclass
-class Job:
-    """One metric on one cell, and the traces its result is made of.
-
-    own:        on the measured images
-    train:      on the train split
-    variations: by name: on the measured images, and on the train split
-    """
-
-    chosen: Chosen
-    own: Measurement
-    train: Measurement | None = None
-    variations: Mapping[str, tuple[Measurement, Measurement | None]] = field(default_factory=dict)
-
-    @property
-    def entry(self) -> Entry:
-        return self.chosen.entry
-
-    @property
-    def metric(self) -> Metric:
-        return self.chosen.metric
-
-    @property
-    def name(self) -> str:
-        return str(self.entry.ref)
-
-    @property
-    def measurements(self) -> list[Measurement]:
-        pairs = [m for pair in self.variations.values() for m in pair]
-        return [m for m in (self.own, self.train, *pairs) if m is not None]
-
-    @property
-    def identity(self) -> str:
-        """Of all that its result is made of."""
-        if self.chosen.source is None and len(self.measurements) == 1:
-            return self.own.identity
-        return identity_hash(
-            {
-                "metric": self.entry.qualified,
-                "version": self.metric.version,
-                "options": dict(self.entry.options),
-                **source_of(self.entry, self.metric),
-                "traces": [m.identity for m in self.measurements],
-            }
-        )
 
 
 def execute(resolved: Resolved, catalog: Catalog, out: Path, listen: Listener = nobody) -> Run:
@@ -159,40 +99,6 @@ def _arranged(
         for dataset in datasets
     ]
     return chosen, cells
-
-
-def choose_metrics(entries: Sequence[Entry], catalog: Catalog) -> list[Chosen]:
-    """The metrics that entries name, each with the one it draws on."""
-    found = []
-    for entry in entries:
-        metric, source = make_metric(entry, catalog), None
-        if metric.source:
-            where = catalog.metric(metric.source)
-            source = where, make_metric(where, catalog)
-        found.append(Chosen(entry, metric, source))
-    return found
-
-
-def make_metric(entry: Entry, catalog: Catalog) -> Metric:
-    """The metric an entry names, with its options. Raises `PluginError`, `MetricError` or `UsageError`."""
-    made = catalog.resolve_target(entry)
-    try:
-        metric = made(**entry.options)
-        complete = bool(hasattr(metric, "name") and hasattr(metric, "measure")) and (
-            bool(metric.source) or bool(metric.needs and metric.dims)
-        )
-    except ProbekitError:
-        raise
-    except Exception as error:
-        raise MetricError(
-            f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}"
-        ) from error
-    if not complete:
-        raise MetricError(
-            f"metric '{entry.qualified}' lacks one of 'name', 'needs', 'dims' and 'measure'",
-            hint="a metric measures something itself, or names a 'source'",
-        )
-    return metric
 
 
 def run_cell(
@@ -324,29 +230,30 @@ class _Cell:
             with subject.active():
                 source, _ = subject.watch()
                 self.folder.write({"identity": identity, **subject.about(source, batch_size)})
+        shown = {id(group): subject.view(group[0].view) for group in passes}
+        total = sum(len(view.indices) for view in shown.values())
+        done = total - sum(map(images_to_do, passes))
+        self.listen(Event("cell", *self._names, total=total, done=done))
         for measurements in passes:
-            if not left_to_do(measurements):
-                if measurements[0].view == View():
-                    self._announce(subject, measurements)
-                continue
-            shown = subject.view(measurements[0].view)
-            runner = PassRunner(shown, measurements, batch_size, self.grid.workers, self._names, self.listen)
-            try:
-                with shown.active():
-                    self._announce(shown, measurements)
-                    source, _ = shown.watch()
-                    runner.prepare(source)
-                    runner.run(source)
-            except DoesNotApply as reason:  # the variation changes what this model hasn't got
-                for m in measurements:
-                    m.missing = []
-                    m.traces.write_absent(reason.message)
+            if left_to_do(measurements):
+                view = shown[id(measurements)]
+                runner = PassRunner(
+                    view, measurements, batch_size, self.grid.workers, self._names, self.listen
+                )
+                self._pass(view, measurements, runner)
 
-    def _announce(self, shown: Subject, measurements: Sequence[Measurement]) -> None:
-        view, total = measurements[0].view, len(shown.indices)
-        done = total - images_to_do(measurements)
-        text = view.name if view != View() else ""
-        self.listen(Event("cell", *self._names, text=text, total=total, done=done))
+    def _pass(self, view: Subject, measurements: Sequence[Measurement], runner: PassRunner) -> None:
+        self.listen(Event("pass", *self._names, text=measurements[0].view.name))
+        try:
+            with view.active():
+                source, _ = view.watch()
+                runner.prepare(source)
+                runner.run(source)
+        except DoesNotApply as reason:  # the variation changes what this model hasn't got
+            self.listen(Event("images", done=images_to_do(measurements)))
+            for m in measurements:
+                m.missing = []
+                m.traces.write_absent(reason.message)
 
     # ------------------------------------------------------------------ results
 
@@ -357,6 +264,7 @@ class _Cell:
         if outcome is None and job.metric.others:
             return  # when all models are there
         if outcome is None:
+            self.listen(Event("summary", *self._names, job.name))
             outcome = contained(lambda: self._summarise(job, subject, about))
         self._end(job.entry, outcome, job.identity)
 

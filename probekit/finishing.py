@@ -102,9 +102,11 @@ def compare_models(run: Run, entry: Entry, metric: Metric, traced: tuple[str, in
             if before.trace == identity and before.status == "done" and folder.result(name).exists():
                 continue
 
+            listen(Event("summary", model, dataset, name))
             rest = {m: o for m, o in complete.items() if m != model}
             outcome = contained(partial(_compared, folder, entry, metric, traced, one, rest, run.seed))
             end_metric(folder, entry, outcome, identity, listen)
+            listen(Event("cell-done", model, dataset))
 
 
 def _compared(

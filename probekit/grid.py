@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from probekit.errors import UsageError
 from probekit.names import slug
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 SETTINGS = ("limit", "train", "train_limit", "seed", "dtype", "image_size", "on_bad_image", "allow_unwatched")
 
 
+DEFAULT_DATASET, DEFAULT_LIMIT = "shapetex", 512
+"""What is measured where no dataset is named, and how many of its images."""
+
+
 class Grid(BaseModel):
     """A grid as asked. Every field can be given in a YAML or TOML file under its own name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     models: list[str] = Field(min_length=1)
-    datasets: list[str] = Field(min_length=1)
+    datasets: list[str] = Field([DEFAULT_DATASET], min_length=1)
     metrics: list[str] = ["all"]
     limit: int | None = Field(None, ge=1)
     train: str | None = None
@@ -39,6 +43,13 @@ class Grid(BaseModel):
     workers: int = Field(0, ge=0)
     on_bad_image: Literal["skip", "fail"] = "skip"
     allow_unwatched: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_dataset(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and not values.get("datasets"):
+            return {"limit": DEFAULT_LIMIT, **values, "datasets": [DEFAULT_DATASET]}
+        return values
 
     @field_validator("models", "datasets", mode="before")
     @classmethod

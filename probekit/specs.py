@@ -93,6 +93,7 @@ class Layout(_Frozen):
 class Weights(_Frozen):
     """A published checkpoint: where it is, what it is, and how its keys map.
 
+    `bundled` is a small file that comes with the pack, ``"package:file"``; it needs no download.
     `layout` is the published file's; `layouts` are the other files users may hold of the same model
     (its second encoder, a linear probe, a fine-tuned form). Of those whose options suit, the one in
     which most keys find a place is taken, and that one must then account for every key. Without a
@@ -100,6 +101,7 @@ class Weights(_Frozen):
     """
 
     url: str | None = Field(None, pattern=r"^https?://")
+    bundled: str | None = Field(None, pattern=r"^[A-Za-z_][\w.]*:[\w.\-]+$")
     filename: str = Field("", pattern=r"^([^./\\:\x00-\x1f][^/\\:\x00-\x1f]*)?$")
     sha256: str | None = Field(None, pattern=r"^[0-9a-f]{64}$")
     bytes: int | None = Field(None, gt=0)
@@ -111,6 +113,8 @@ class Weights(_Frozen):
     def _published(self) -> Weights:
         if self.url and not (self.filename and self.licence):
             raise ValueError("a published checkpoint needs a filename and a licence")
+        if self.url and self.bundled:
+            raise ValueError("a checkpoint comes with the pack or from a URL, not both")
         return self
 
     def suiting(self, options: Mapping[str, object]) -> tuple[Layout, ...]:

@@ -34,8 +34,9 @@ from probekit.datasets.images import Bad, Batch
 from probekit.engine import numerics, pick_device
 from probekit.errors import StoreError, UsageError
 from probekit.events import Listener, nobody
-from probekit.execution import choose_metrics, run_cell
+from probekit.execution import run_cell
 from probekit.grid import Resolved, make_grid
+from probekit.jobs import choose_metrics
 from probekit.layer import Layer, Scores
 from probekit.metric import Metric, Row, Traces
 from probekit.names import parse_dataset, parse_model

@@ -89,7 +89,8 @@ def _print(found: Tables, models: Sequence[str]) -> None:
         _say(f"note: {note}")
     rows = positions(found.fingerprint, models)
     if rows:
-        typer.echo()
+        if found.notes:
+            typer.echo()
         _say("fingerprint: 0 is where the CL models are, 1 where the MIM models are")
         table = [[axis, *cells] for axis, cells in rows]
         print_table(["axis", *(_short(model) for model in models)], table, 1, 1)

@@ -34,7 +34,8 @@ def run_command(
         list[str] | None, typer.Option("--metrics", help="NAME[:option=value], commas, globs, !name or all.")
     ] = None,
     dataset: Annotated[
-        list[str] | None, typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH.")
+        list[str] | None,
+        typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH. Default: shapetex, drawn images."),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many images, evenly spaced.")] = None,
     train: Annotated[
@@ -64,6 +65,7 @@ def run_command(
 
     \b
     Examples:
+      probekit run --model simmim --metrics all
       probekit run --model moco:vit-b16@random --metrics all --dataset folder:photos --limit 64
       probekit run --model simmim:vit-b16@/data/simmim.pth --metrics nmi,fourier --dataset folder:val
       probekit run grid.yaml --out runs/paper --device cuda --dtype bfloat16
@@ -111,6 +113,8 @@ def run_command(
         return _dry_run(forecast(resolved, catalog, folder), folder, " x ".join(counts), as_json)
     if not as_json:
         typer.echo(f"  {' x '.join(counts)}: {folder}{' (continued)' if resumed else ''}")
+        if not dataset and grid is None:
+            typer.echo(f"  no --dataset given: {resolved.grid.limit} drawn images of known shape and texture")
         for entry in resolved.models:
             if entry.spec.published_as:
                 typer.echo(
@@ -139,6 +143,18 @@ class Shown:
         self.errors: list[Any] = []
         self.bad_images = 0
         self._task: Any = None
+        self._name = ""
+
+    def _label(self, doing: str) -> str:
+        """The cell's name, and what is being done where that isn't the plain pass; 40 characters at most."""
+        doing = doing if len(doing) <= 20 else f"{doing[:17]}..."
+        room = 40 - len(doing) - (3 if doing else 0)
+        name = (
+            self._name
+            if len(self._name) <= room
+            else f"{self._name[: room // 2 - 2]}...{self._name[-(room // 2) + 1 :]}"
+        )
+        return f"{name} ({doing})" if doing else name
 
     def say(self, text: str) -> None:
         if self.progress is not None:
@@ -150,11 +166,19 @@ class Shown:
             self.say(f"  {event.model}: failed: {event.text}")
         if self.progress is None:
             return
-        name = f"{event.model} x {event.dataset}" + (f" ({event.text})" if event.text else "")
         if event.kind == "cell":
-            label = name if len(name) <= 44 else f"{name[:20]}...{name[-21:]}"
-            self._task = self.progress.add_task(label, total=event.total, completed=event.done, start=True)
+            self._name = f"{event.model} x {event.dataset}"
+            self._task = self.progress.add_task(
+                self._label(""), total=event.total, completed=event.done, start=True
+            )
             self.progress.update(self._task, base=event.done)
+        elif event.kind == "pass" and self._task is not None:
+            text = "" if event.text == "all" else event.text.replace("~", ": ").replace("all: ", "")
+            self.progress.update(self._task, description=self._label(text))
+        elif event.kind == "summary" and self._task is not None:
+            self.progress.update(self._task, description=self._label(f"{event.metric} ..."))
+        elif event.kind == "cell-done" and self._task is not None:
+            self.progress.update(self._task, description=self._label(""))
         elif event.kind == "images":
             self.progress.advance(self._task, event.done)
         elif event.kind == "bad-image":
@@ -191,7 +215,7 @@ def shown(quiet: bool) -> Iterator[Shown]:
 
     columns = [
         TextColumn("  {task.description}", markup=False),
-        BarColumn(18),
+        BarColumn(14),
         MofNCompleteColumn(),
         Rate(),
         TimeRemainingColumn(compact=True),

@@ -17,6 +17,7 @@ from probekit.metrics.depth import depth_curve
 from probekit.summaries import layer_coordinates, result_attributes
 
 if TYPE_CHECKING:
+    from probekit.anatomy import WindowGroup
     from probekit.layer import Layer
 
 QUERIES = ("centre", "corner", "third")
@@ -77,11 +78,13 @@ class AttentionMaps(Metric):
             mean = torch.empty(layer.batch, 0, 0)
         return {"attention_maps": self._maps(layer), "attention_mean": mean}
 
+    def describe(self, layer: Layer) -> Mapping[str, np.ndarray]:
+        """Where the rows and columns of keys are, px: as many as this layer's maps have."""
+        return dict(zip(("key_row", "key_col"), _key_axes(_views(layer)), strict=True))
+
     def _maps(self, layer: Layer) -> Tensor:
-        views = [(view, view.group or layer.info.groups[0]) for view in layer.windows()]
-        places = np.concatenate([group.key_positions.reshape(-1, 2) for _, group in views])
-        # to a millionth of a pixel: equal centres may differ in the last bit
-        rows, cols = (np.unique(axis.round(6)) for axis in places.T)
+        views = _views(layer)
+        rows, cols = _key_axes(views)
         queries = self.places(*layer.grid)
         maps = None
         for view, group in views:
@@ -109,26 +112,53 @@ class AttentionMaps(Metric):
         with np.errstate(invalid="ignore"):
             peaks = np.fmax.reduce(maps.reshape(*maps.shape[:4], -1), axis=-1)
         curve = np.array([_mean(row) for row in peaks])
-        picture = {"units": "1", "role": "picture"}
+        picture = {"units": "1", "role": "picture", "picture": "maps"}
+        shown = {
+            "long_name": "attention of single queries, head by head",
+            "picture_rows": "query",
+            "picture_columns": "head",
+            "picture_mark": "query_row query_col",
+        }
         dims = ("layer", "image", "head", "query", "key_row", "key_col")
         where = np.array([self.places(*row.grid) for row in traces.rows])
         variables = {
-            self.name: xr.Variable(dims, maps, picture),
+            self.name: xr.Variable(dims, maps, picture | shown),
             **depth_curve(self.name, curve, units="1", reduced="largest weight"),
             "query_row": xr.Variable(("layer", "query"), where[..., 0]),
             "query_col": xr.Variable(("layer", "query"), where[..., 1]),
+        }
+        rolled = {
+            "long_name": "attention rollout",
+            "picture_rows": "image",
+            "picture_columns": "layer",
         }
         rollout = _rollout(traces)
         if rollout is not None:
             full = np.full((*maps.shape[:2], *maps.shape[4:]), np.nan)
             full[: len(rollout), :, : rollout.shape[2], : rollout.shape[3]] = rollout
-            variables["rollout"] = xr.Variable(("layer", "image", *dims[4:]), full, picture)
+            variables["rollout"] = xr.Variable(("layer", "image", *dims[4:]), full, picture | rolled)
         coordinates = {
             **layer_coordinates(traces.rows),
             "query": xr.Variable(("query",), np.array(QUERIES)),
             "image": xr.Variable(("image",), np.array(list(traces.images), dtype=np.str_)),
         }
+        for axis in ("key_row", "key_col"):
+            if axis in traces.constants:
+                places = np.asarray(traces.constants[axis])
+                coordinates[f"{axis}_by_layer"] = xr.Variable(("layer", axis), places, {"units": "px"})
         return xr.Dataset(variables, coordinates, {**result_attributes(self, traces), "interval": "none"})
+
+
+def _views(layer: Layer) -> list[tuple[Layer, WindowGroup]]:
+    return [(view, view.group or layer.info.groups[0]) for view in layer.windows()]
+
+
+def _key_axes(views: Sequence[tuple[Layer, WindowGroup]]) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns that have a key, px."""
+    places = np.concatenate([group.key_positions.reshape(-1, 2) for _, group in views])
+    # to a millionth of a pixel: equal centres may differ in the last bit
+    rows, cols = (np.unique(axis.round(6)) for axis in places.T)
+    return rows, cols
 
 
 def rollout(maps: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -75,7 +75,11 @@ class CKA(Metric):
         matrix = cka(own, own)
         curve = matrix[:, last_layer(rows)]
         variables = {
-            self.name: xr.Variable(("layer", "other_layer"), matrix, {"units": "1", "role": "mean"}),
+            self.name: xr.Variable(
+                ("layer", "other_layer"),
+                matrix,
+                {"units": "1", "role": "mean", "picture": "matrix", "long_name": "CKA between layers"},
+            ),
             **depth_curve(self.name, curve, units="1", reduced="with the last layer"),
         }
         coordinates = {
@@ -112,7 +116,11 @@ class CKA(Metric):
                     [features[other_places] for features in _sites(other)],
                 )
         return {
-            "cka_with": xr.Variable(("model", "layer", "model_layer"), values, {"units": "1"}),
+            "cka_with": xr.Variable(
+                ("model", "layer", "model_layer"),
+                values,
+                {"units": "1", "picture": "matrix", "long_name": "CKA with layers of other models"},
+            ),
             "cka_with_layer": xr.Variable(("model", "model_layer"), labels.astype(np.str_)),
             "cka_with_images": xr.Variable(("model",), common),
         }, np.array(list(theirs), dtype=np.str_)

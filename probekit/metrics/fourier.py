@@ -13,10 +13,12 @@ from torch import Tensor
 
 from probekit.attention import exact_float32, product
 from probekit.errors import DoesNotApply, UsageError
-from probekit.metric import Metric
+from probekit.metric import Metric, Traces
 from probekit.metrics.compat import official
 
 if TYPE_CHECKING:
+    import xarray as xr
+
     from probekit.layer import Layer
 
 
@@ -54,6 +56,7 @@ class Fourier(Metric):
         "log_amplitude": "nats",
         "fourier_common": "nats",
         "floor_channels": "1",
+        "frequency": "pi",
     }
     figure = "Fig. 9"
     windows = "own"  # the whole feature map, whatever the attention's windows
@@ -113,6 +116,17 @@ class Fourier(Metric):
         frequency = 2 * np.arange(_count(rows, cols)) / min(rows, cols)
         white_noise = np.where(frequency > 0, 0.5 * math.log(2), 0.0)
         return {"frequency": frequency, "white_noise": white_noise - white_noise[self.reference]}
+
+    def summarize(self, traces: Traces) -> xr.Dataset:
+        """As every metric; `fourier` is drawn over frequency too."""
+        result = super().summarize(traces)
+        result[self.name].attrs |= {
+            "picture": "profile",
+            "long_name": "log amplitude relative to frequency 0"
+            if not self.reference
+            else "log amplitude relative to the lowest frequency above 0",
+        }
+        return result
 
     def _common_bin(self, rows: int, cols: int) -> float:
         """The common frequency in steps of this grid's axis."""

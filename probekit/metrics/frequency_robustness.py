@@ -98,6 +98,7 @@ class FrequencyRobustness(Readout):
             "percentage points",
             ("layer", "band"),
         )
+        found[self.name].attrs |= {"picture": "profile", "long_name": "accuracy lost to noise of each band"}
         line = per_image[:, :, high].mean(2)
         ends = bootstrap_interval(line, traces.seed)
         attrs = {"units": "percentage points", "reduced": f"mean over bands above {_HIGH:g} pi"}

@@ -104,8 +104,14 @@ class NMI(Metric):
         result = super().summarize(traces)
         at = np.linspace(0, 1, 101)
         density = np.stack([_density(heads[~np.isnan(heads)], at) for heads in result["nmi"].values])
-        result["nmi_density"] = (("layer", "density_at"), density, {"units": "1", "role": "density"})
-        return result.assign_coords(density_at=("density_at", at, {"units": "1"}))
+        drawn = {
+            "units": "1",
+            "role": "density",
+            "picture": "profile",
+            "long_name": "density of a layer's heads over NMI",
+        }
+        result["nmi_density"] = (("layer", "density_at"), density, drawn)
+        return result.assign_coords(density_at=("density_at", at, {"units": "1", "long_name": "NMI"}))
 
     def _stats(self, layer: Layer) -> AttentionStats:
         if not self.eps:

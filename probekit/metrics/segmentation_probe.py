@@ -130,7 +130,17 @@ class SegmentationProbe(Metric):
         each = 100 * iou(np.stack([t.sum(0) for t in tallies]))
         by_image = np.stack([pixel_accuracy(t) for t in tallies]).astype(np.float32)
         variables |= {
-            "iou": xr.Variable(("layer", "class"), each, {"units": "%", "role": "mean"}),
+            "iou": xr.Variable(
+                ("layer", "class"),
+                each,
+                {
+                    "units": "%",
+                    "role": "mean",
+                    "long_name": "IoU of each class",
+                    "picture": "dots",
+                    "picture_line": self.name,
+                },
+            ),
             "image_accuracy": xr.Variable(("layer", "image"), by_image, {"units": "%", "role": "image"}),
             **chosen(Heads(rows, places, probes)),
         }

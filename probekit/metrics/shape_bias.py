@@ -47,7 +47,7 @@ class ShapeBias(Readout):
     over these classes (`shape_bias_mean`). NaN where nothing was decided for either. `shape_bias_either`: the
     share of counted trials decided for either cue.
 
-    classifier: whose decisions: ``probe``, trained on the train split's features, or ``own``, the model's, for
+    classifier: whose decisions: ``probe``, trained on the train split, or ``own``, the model's own, for
                 which the probe's options say nothing. Of an ImageNet classifier a category has the mean
                 probability of its classes (Geirhos et al.)
     """
@@ -94,6 +94,11 @@ class ShapeBias(Readout):
             "shape_bias_category", by_shape[:, categories], either[:, categories], ("layer", "category")
         )
         values = per_class["shape_bias_category"].values
+        per_class["shape_bias_category"].attrs |= {
+            "long_name": "shape bias by the shape's class",
+            "picture": "dots",
+            "picture_line": "shape_bias",
+        }
         some = (either[:, categories] > 0).sum(1)
         with np.errstate(invalid="ignore", divide="ignore"):
             mean = np.where(np.isnan(values), 0.0, values).sum(1) / some

@@ -87,7 +87,10 @@ def relative_to_second(spectrum: np.ndarray, rank: int, *, or_last: bool = False
 
 
 def relative_variables(spectrum: np.ndarray) -> dict[str, xr.Variable]:
-    """``relative_to_second`` and ``relative_to_first`` (layer, rank) of a spectrum (layer, rank)."""
+    """``relative_to_second`` and ``relative_to_first`` (layer, rank) of a spectrum (layer, rank).
+
+    The first is what the paper draws (Fig. 7).
+    """
     found = {}
     for name, place in (("relative_to_second", 1), ("relative_to_first", 0)):
         values = (
@@ -95,7 +98,10 @@ def relative_variables(spectrum: np.ndarray) -> dict[str, xr.Variable]:
             if spectrum.shape[1] > place
             else np.full_like(spectrum, np.nan)
         )
-        found[name] = xr.Variable(("layer", "rank"), values, {"units": "nats", "role": "mean"})
+        attrs = {"units": "nats", "role": "mean"}
+        if place == 1:
+            attrs |= {"picture": "profile", "long_name": "log eigenvalues relative to the second"}
+        found[name] = xr.Variable(("layer", "rank"), values, attrs)
     return found
 
 

@@ -129,7 +129,13 @@ class TokenEmbedding(Metric):
             for name, value in chance.items()
         }
         variables |= depth_curve(self.name, variables[self.name].values, units="1")
-        picture = {"units": "1", "role": "picture"}
+        picture = {
+            "units": "1",
+            "role": "picture",
+            "long_name": f"{'t-SNE' if self.method == 'tsne' else 'UMAP'} of patch tokens",
+            "picture": "points",
+            "picture_colour": "token_class",
+        }
         points = _two_dimensions(flat, self.method, traces.seed)
         variables["coordinates"] = xr.Variable(("layer", "token", "axis2"), points[None], picture)
         variables["token_image"] = xr.Variable(

@@ -110,7 +110,14 @@ class TokenScatter(Metric):
         }
         for end, name in enumerate(("before", "after")):
             picture = {"units": "1", "role": "picture"}
-            variables[name] = xr.Variable(("layer", "image", "token", "axis3"), points[end], picture)
+            drawn = {
+                "long_name": "patch tokens before and after attention",
+                "picture": "points",
+                "picture_with": "after",
+                "picture_share": "explained",
+            }
+            attrs = picture | drawn if name == "before" else picture
+            variables[name] = xr.Variable(("layer", "image", "token", "axis3"), points[end], attrs)
             variables[f"centre_{name}"] = xr.Variable(("layer", "image", "axis3"), centres[end], picture)
         coordinates = {
             **layer_coordinates(traces.rows),

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,9 @@ def _locate(
         if not path.exists():
             raise WeightsError(f"there is no file '{path}'", hint="a path follows the '@' of a model's name")
         return path, sha256(path, progress) if path.is_file() else "", str(path)
+    if spec.weights is not None and spec.weights.bundled:
+        path = _bundled(spec.weights.bundled, name)
+        return path, sha256(path, progress), spec.weights.bundled
     if spec.weights is None or not spec.weights.url:
         raise WeightsError(
             f"no weights are published for '{name}'",
@@ -183,6 +187,17 @@ def _locate(
         )
     fetched = fetch_checked(spec.weights, progress=progress)
     return fetched.path, fetched.sha256, spec.weights.url
+
+
+def _bundled(place: str, name: str) -> Path:
+    package, _, file = place.partition(":")
+    path = Path(str(resources.files(package) / file))
+    if not path.is_file():
+        raise PluginError(
+            f"the weights of '{name}' are missing: its pack '{package}' came without '{file}'",
+            hint="reinstall the pack",
+        )
+    return path
 
 
 def settle(module: nn.Module) -> nn.Module:

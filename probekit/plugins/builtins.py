@@ -206,6 +206,7 @@ def probekit_metrics() -> list[MetricSpec]:
             name="reinit",
             summary="accuracy that a last-layer probe loses when first or last blocks get fresh weights",
             target="probekit.metrics.reinit:Reinit",
+            on_request=True,
             options={
                 "blocks": Option(default="1-2-3-6", help="how many blocks, numbers between dashes"),
                 **_POOLED_PROBE,

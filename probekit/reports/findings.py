@@ -117,13 +117,15 @@ def _line(name: str, claim: str, verdict: Verdict) -> Line:
 
 
 def _missing(absent: Sequence[Tested]) -> Iterator[Missing]:
-    grouped: dict[tuple[str, str], list[str]] = {}
+    names: dict[str, list[str]] = {}
+    hints: dict[str, str] = {}
     for tested in absent:
         verdict = tested.verdict
-        hint = "" if verdict.missing else verdict.hint  # one command measures all that is missing
-        grouped.setdefault((verdict.reason, hint), []).append(tested.name)
-    for (reason, hint), names in grouped.items():
-        yield Missing(tuple(names), reason, hint)
+        names.setdefault(verdict.reason, []).append(tested.name)
+        if verdict.hint and not verdict.missing:  # one command measures all metrics that are missing
+            hints.setdefault(verdict.reason, verdict.hint)
+    for reason, each in names.items():
+        yield Missing(tuple(each), reason, hints.get(reason, ""))
 
 
 def _notes(tested: Sequence[Tested]) -> Iterator[str]:

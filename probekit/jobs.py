@@ -1,0 +1,106 @@
+"""What is to be done on one cell: each metric of a grid with the traces its result is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from probekit.errors import MetricError, ProbekitError
+from probekit.metric import Metric
+from probekit.passes import Measurement, source_of
+from probekit.plugins.catalog import Catalog, Entry
+from probekit.store.cells import identity_hash
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """A metric of the grid, and the one whose traces it summarises where that is another."""
+
+    entry: Entry
+    metric: Metric
+    source: tuple[Entry, Metric] | None = None
+
+    @property
+    def measured(self) -> tuple[Entry, Metric]:
+        return self.source or (self.entry, self.metric)
+
+
+@dataclass
+class Job:
+    """One metric on one cell, and the traces its result is made of.
+
+    own:        on the measured images
+    train:      on the train split
+    variations: by name: on the measured images, and on the train split
+    """
+
+    chosen: Chosen
+    own: Measurement
+    train: Measurement | None = None
+    variations: Mapping[str, tuple[Measurement, Measurement | None]] = field(default_factory=dict)
+
+    @property
+    def entry(self) -> Entry:
+        return self.chosen.entry
+
+    @property
+    def metric(self) -> Metric:
+        return self.chosen.metric
+
+    @property
+    def name(self) -> str:
+        return str(self.entry.ref)
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        pairs = [m for pair in self.variations.values() for m in pair]
+        return [m for m in (self.own, self.train, *pairs) if m is not None]
+
+    @property
+    def identity(self) -> str:
+        """Of all that its result is made of."""
+        if self.chosen.source is None and len(self.measurements) == 1:
+            return self.own.identity
+        return identity_hash(
+            {
+                "metric": self.entry.qualified,
+                "version": self.metric.version,
+                "options": dict(self.entry.options),
+                **source_of(self.entry, self.metric),
+                "traces": [m.identity for m in self.measurements],
+            }
+        )
+
+
+def choose_metrics(entries: Sequence[Entry], catalog: Catalog) -> list[Chosen]:
+    """The metrics that entries name, each with the one it draws on."""
+    found = []
+    for entry in entries:
+        metric, source = make_metric(entry, catalog), None
+        if metric.source:
+            where = catalog.metric(metric.source)
+            source = where, make_metric(where, catalog)
+        found.append(Chosen(entry, metric, source))
+    return found
+
+
+def make_metric(entry: Entry, catalog: Catalog) -> Metric:
+    """The metric an entry names, with its options. Raises `PluginError`, `MetricError` or `UsageError`."""
+    made = catalog.resolve_target(entry)
+    try:
+        metric = made(**entry.options)
+        complete = bool(hasattr(metric, "name") and hasattr(metric, "measure")) and (
+            bool(metric.source) or bool(metric.needs and metric.dims)
+        )
+    except ProbekitError:
+        raise
+    except Exception as error:
+        raise MetricError(
+            f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}"
+        ) from error
+    if not complete:
+        raise MetricError(
+            f"metric '{entry.qualified}' lacks one of 'name', 'needs', 'dims' and 'measure'",
+            hint="a metric measures something itself, or names a 'source'",
+        )
+    return metric
