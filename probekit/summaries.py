@@ -162,7 +162,7 @@ def bootstrap_interval(
         usable = np.flatnonzero([_resamplable(part[:, column]) for column in range(part.shape[1])])
         if not usable.size:
             continue
-        means = _resampled_means(part, usable, seed, resamples)
+        means = resampled_means(part, usable, seed, resamples)
         # NaN only where a resample drew no image that has a value
         bounds = (np.nanquantile if np.isnan(means).any() else np.quantile)(means, [tail, 1 - tail], axis=0)
         low[start + usable], high[start + usable] = bounds
@@ -220,7 +220,7 @@ def _resamplable(column: np.ndarray) -> bool:
     return np.count_nonzero(~np.isnan(column)) > 1 and not np.isinf(column).any()
 
 
-def _resampled_means(part: np.ndarray, usable: np.ndarray, seed: int, resamples: int) -> np.ndarray:
+def resampled_means(part: np.ndarray, usable: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     """(resamples, usable columns) means, from multinomial weights made a few resamples at a time."""
     images = part.shape[0]
     generator = np.random.Generator(np.random.PCG64(seed))

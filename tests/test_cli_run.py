@@ -147,7 +147,6 @@ def test_grid_files(command, photos, tmp_path, suffix):
         ("run --model {tiny} --metrics nmj --dataset folder:{photos}", 2, "unknown metric 'nmj'"),
         ("run --model {tiny} --dataset foldr:{photos}", 2, "unknown dataset 'foldr'"),
         ("run --model {tiny} --dataset folder:/nowhere", 4, "/nowhere"),
-        ("run --model {tiny}", 2, "says nothing about 'datasets'"),
         ("run --dataset folder:{photos}", 2, "says nothing about 'models'"),
         ("run nowhere.yaml", 2, "'nowhere.yaml' does not exist"),
         ("run --model {tiny} --dataset folder:{photos} --limit 0", 2, "'limit' can't be 0"),

@@ -62,6 +62,11 @@ class First:
         module.get_submodule(block).load_state_dict(fresh().get_submodule(block).state_dict())
 
 
+class Beyond:
+    def __call__(self, module, fresh, anatomy):
+        raise DoesNotApply("the model has 3 layers, not 9")
+
+
 class Tells(Metric):
     """Its result says what it was given."""
 
@@ -69,7 +74,8 @@ class Tells(Metric):
     requires = frozenset({"labels", "train"})
 
     def variations(self):
-        return [Variation("darker", pixels=darker), Variation("reborn", model=First(), train=True)]
+        return [Variation("darker", pixels=darker), Variation("reborn", model=First(), train=True),
+                Variation("beyond", model=Beyond(), train=True)]
 
     def summarize(self, traces):
         def mean(t):
@@ -86,7 +92,7 @@ class Tells(Metric):
             result_attributes(self, traces) | {
                 "n": len(traces), "n_train": len(traces.train), "classes": list(traces.classes),
                 "ids": list(traces.images), "train_ids": list(traces.train.images),
-                "more": v["darker"].train is None,
+                "more": v["darker"].train is None, "variations": sorted(v),
             },
         )
 
@@ -183,6 +189,7 @@ def test_train_split_and_variations_come_along(tiny, plugin):
     assert (found.attrs["n"], found.attrs["n_train"]) == (10, 30)
     assert found.attrs["ids"][0] == "test-0" and found.attrs["train_ids"][-1] == "train-29"
     assert found["labels"].values.tolist() == [i % 2 for i in range(30)]
+    assert found.attrs["variations"] == ["darker", "reborn"]  # without the one that needs more layers
     assert found.attrs["more"]  # no train split under a variation that didn't ask for it
     # the variation of the model leaves what comes before the first block alone, and changes the rest
     assert found["reborn"].values[0] == found["tells"].values[0]

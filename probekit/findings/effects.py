@@ -12,7 +12,7 @@ from probekit.findings.curves import Curves, image_means
 from probekit.findings.finding import NAN, Effect, NotMeasured
 from probekit.findings.spans import Over, Peak
 from probekit.names import quoted
-from probekit.summaries import LEVEL, RESAMPLES, _resampled_means
+from probekit.summaries import LEVEL, RESAMPLES, resampled_means
 
 FEWEST = 10
 """Fewer images give no interval: a percentile bootstrap of less promises more than it keeps."""
@@ -132,7 +132,7 @@ def _resampled(curves: Curves, images: tuple[str, ...], seed: int) -> np.ndarray
     if images not in curves.resampled:
         values = _of_images(curves, images)
         columns = np.arange(values.shape[1])
-        curves.resampled[images] = _resampled_means(values, columns, seed, RESAMPLES)
+        curves.resampled[images] = resampled_means(values, columns, seed, RESAMPLES)
     return curves.resampled[images]
 
 

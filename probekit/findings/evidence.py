@@ -79,11 +79,10 @@ class Evidence:
             return found
         others = [s.name for s in self.subjects if s.objective in ("", "other") and not s.untrained]
         said = f" ({_listed(others)} may be one, but nothing says so)" if others else ""
-        models = [*self.run.models, "NAME:VARIANT"]
+        command = self.command("all", models=["NAME:VARIANT"])  # the folder keeps the others
         raise NotMeasured(
             f"the run has no trained {objective} model{said}",
-            hint=f"`probekit list models` shows which are {objective}, then "
-            f"`{self.command(*self.run.metrics, models=models)}`",
+            hint=f"`probekit list models` shows which are {objective}, then `{command}`",
         )
 
     def untrained_like(self, subject: Subject) -> tuple[Subject, ...]:

@@ -64,8 +64,8 @@ class CKA(Metric):
     def summarize(self, traces: Traces) -> xr.Dataset:
         """`cka` (layer, other_layer), rows before, between and after layers. With other models of the run,
         `cka_with` (model, layer, model_layer): NaN past a model's last row, whose labels are `cka_with_layer`
-        (model, model_layer); `cka_with_images` (model), how many images both have, matched by id: below 4,
-        all is NaN.
+        (model, model_layer), and depths `model_depth`; `cka_with_images` (model), how many images both have,
+        matched by id: below 4, all is NaN.
 
         Raises `DoesNotApply` below 4 images.
         """
@@ -88,24 +88,26 @@ class CKA(Metric):
             "other_depth": xr.Variable(("other_layer",), np.array([row.depth for row in rows])),
         }
         if traces.others:
-            between, names = self._with_others(traces, own)
+            between, names, depths = self._with_others(traces, own)
             variables |= between
-            coordinates["model"] = xr.Variable(("model",), names)
+            coordinates |= {"model": xr.Variable(("model",), names), "model_depth": depths}
         attrs = {**result_attributes(self, traces), "interval": "none"}
         return xr.Dataset(variables, coordinates, attrs)
 
     def _with_others(
         self, traces: Traces, own: Sequence[np.ndarray]
-    ) -> tuple[dict[str, xr.Variable], np.ndarray]:
-        """The variables of `cka_with`, and the models' names."""
+    ) -> tuple[dict[str, xr.Variable], np.ndarray, xr.Variable]:
+        """The variables of `cka_with`, the models' names, and their rows' depths."""
         theirs = {name: between_layers(other) for name, other in traces.others.items()}
         longest = max(map(len, theirs.values()))
         values = np.full((len(theirs), len(own), longest), np.nan)
         labels = np.full((len(theirs), longest), "", dtype=object)
+        depths = np.full((len(theirs), longest), np.nan)
         common = np.zeros(len(theirs), dtype=np.int64)
         for number, (name, other) in enumerate(traces.others.items()):
             rows = theirs[name]
             labels[number, : len(rows)] = [other.rows[row].label for row in rows]
+            depths[number, : len(rows)] = [other.rows[row].depth for row in rows]
             places = {image: place for place, image in enumerate(other.images)}
             pairs = [(i, places[image]) for i, image in enumerate(traces.images) if image in places]
             common[number] = len(pairs)
@@ -115,7 +117,7 @@ class CKA(Metric):
                     [features[mine] for features in own],
                     [features[other_places] for features in _sites(other)],
                 )
-        return {
+        variables = {
             "cka_with": xr.Variable(
                 ("model", "layer", "model_layer"),
                 values,
@@ -123,7 +125,9 @@ class CKA(Metric):
             ),
             "cka_with_layer": xr.Variable(("model", "model_layer"), labels.astype(np.str_)),
             "cka_with_images": xr.Variable(("model",), common),
-        }, np.array(list(theirs), dtype=np.str_)
+        }
+        names = np.array(list(theirs), dtype=np.str_)
+        return variables, names, xr.Variable(("model", "model_layer"), depths)
 
 
 def cka(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> np.ndarray:
