@@ -62,12 +62,7 @@ def execute(resolved: Resolved, catalog: Catalog, out: Path, listen: Listener = 
         create_run(out, resolved, versions())
         for model, dataset, load in loads:
             run_cell(CellFolder(out, model, dataset), load, with_metrics, resolved.grid, listen)
-        for chosen in with_metrics:
-            if chosen.metric.others:
-                entry, metric = chosen.measured
-                traced = str(entry.ref), metric.version
-                compare_models(Run(out), chosen.entry, chosen.metric, traced, listen)
-    return Run(out)
+        return finish_run(Run(out), with_metrics, listen)
 
 
 def forecast(resolved: Resolved, catalog: Catalog, out: Path) -> list[Forecast]:
@@ -118,6 +113,15 @@ def run_cell(
             if folder.outcome(str(chosen.entry.ref)).status != "done":
                 folder.end(str(chosen.entry.ref), Outcome("failed", error.message, error.hint or ""))
         listen(Event("cell-failed", folder.model, folder.dataset, text=str(error), error=error))
+
+
+def finish_run(run: Run, metrics: Sequence[Chosen], listen: Listener) -> Run:
+    """When all cells are measured: the metrics that compare their models."""
+    for chosen in metrics:
+        if chosen.metric.others:
+            entry, metric = chosen.measured
+            compare_models(run, chosen.entry, chosen.metric, (str(entry.ref), metric.version), listen)
+    return run
 
 
 @dataclass

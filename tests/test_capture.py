@@ -760,3 +760,23 @@ def test_the_command_says_bytes_then_writes_them(place, tmp_path, capsys):
 def test_the_command_refuses_a_wrong_site_before_loading_anything(place, tmp_path):
     with pytest.raises(UsageError, match="unknown site 'attn'"):
         command("timm:no_such_model", "-d", "folder:nowhere", "-o", tmp_path / "c", "--sites", "attn")
+
+
+def test_every_metric_replays_to_the_same_numbers(place, catalog, tmp_path):
+    """Bit for bit from float32; what needs more than the measured images says so."""
+    captured(place, catalog, tmp_path / "c", sites="all")
+    replayed = replay(tmp_path / "c", ["all"], catalog, tmp_path / "r")
+    run = live(place, catalog, tmp_path / "live", metrics=("all",))
+    outcomes = {c.metric: c.outcome for c in replayed.cells()}
+    done = {metric for metric, outcome in outcomes.items() if outcome.status == "done"}
+    assert {
+        "similarity_heads",
+        "prefix_mass",
+        "spectrum_tokens",
+        "spectrum_images",
+        "attention_maps",
+        "cka",
+    } <= done
+    assert {outcomes[m].status for m in set(outcomes) - done} <= {"does not apply"}
+    for metric in done:
+        assert replayed.result(metric).equals(run.result(metric)), metric

@@ -34,7 +34,7 @@ from probekit.datasets.images import Bad, Batch
 from probekit.engine import numerics, pick_device
 from probekit.errors import StoreError, UsageError
 from probekit.events import Listener, nobody
-from probekit.execution import run_cell
+from probekit.execution import finish_run, run_cell
 from probekit.grid import Resolved, make_grid
 from probekit.jobs import choose_metrics
 from probekit.layer import Layer, Scores
@@ -365,7 +365,6 @@ def replay(
     dataset = Entry(None, "", "", parse_dataset(captured.dataset))
     with RunLock(Path(out)):
         create_run(Path(out), Resolved(grid, (model,), tuple(entries), (dataset,)), versions())
-        run_cell(
-            CellFolder(Path(out), captured.model, captured.dataset), lambda: captured, made, grid, listen
-        )
-    return Run(out)
+        folder = CellFolder(Path(out), captured.model, captured.dataset)
+        run_cell(folder, lambda: captured, made, grid, listen)
+        return finish_run(Run(out), made, listen)

@@ -156,7 +156,8 @@ def _chart(metric: str, found: _Found, order: Sequence[str]) -> Chart:
         results = found.panels[dataset]
         curves = tuple(curve_of(result, value, model) for model, result in results)
         panels.append(Panel(dataset, curves, _baselines(results, value)))
-    units = str(first[value].attrs.get("units", ""))
+    drawn = f"{value}_curve" if f"{value}_curve" in first else value
+    units = str(first[drawn].attrs.get("units", first[value].attrs.get("units", "")))
     return Chart(
         metric,
         value,

@@ -11,10 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit.reports.charts import Chart, Panel, Point, clean
+from probekit.reports.contents import ordered
 from probekit.reports.curves import Trouble, charts
 from probekit.reports.figures import NARROW, WIDE, baseline_name, has_labels, lines_of, panel_svg
 from probekit.reports.findings import Tables, positions, tables, unplaced
 from probekit.reports.looks import Style, legend_name, styles
+from probekit.reports.pictures import pictures
+from probekit.reports.pictures_page import section
+from probekit.reports.pictures_panels import Picture
 from probekit.reports.provenance import bad_images, command, facts, plain, provenance, summary
 from probekit.store.sealing import write_bytes
 
@@ -68,6 +72,11 @@ def _markup(text: str) -> Any:
 def _page(run: Run) -> dict[str, Any]:
     """Everything the template shows, in its order."""
     drawn, troubles = charts(run)
+    drawn = ordered(drawn)
+    pictured, unfit = pictures(run)
+    by_metric = {
+        chart.metric: [picture for picture in pictured if picture.metric == chart.metric] for chart in drawn
+    }
     cells = list(run.cells())
     looks = styles(run.models)
     name = run.path.resolve().name
@@ -81,8 +90,10 @@ def _page(run: Run) -> dict[str, Any]:
         "command": command(run, name),
         "counts": _counts(cells),
         "findings": _findings(run),
-        "charts": [_chart(chart, looks, number) for number, chart in enumerate(drawn, 1)],
-        "troubles": _without_result(cells, troubles),
+        "charts": [
+            _chart(chart, by_metric[chart.metric], looks, number) for number, chart in enumerate(drawn, 1)
+        ],
+        "troubles": _without_result(cells, [*troubles, *unfit]),
         "bad_images": bad_images(run),
         "provenance": provenance(run),
     }
@@ -151,7 +162,9 @@ def _finding_table(found: Tables, models: Sequence[str]) -> dict[str, Any]:
 # --- charts
 
 
-def _chart(chart: Chart, looks: Mapping[str, Style], number: int) -> dict[str, Any]:
+def _chart(
+    chart: Chart, pictured: Sequence[Picture], looks: Mapping[str, Style], number: int
+) -> dict[str, Any]:
     return {
         "title": chart.metric,
         "subtitle": " · ".join(part for part in (chart.figure, chart.units) if part),
@@ -159,6 +172,8 @@ def _chart(chart: Chart, looks: Mapping[str, Style], number: int) -> dict[str, A
         "limits": chart.limits,
         "conventions": [(term, text) for term, text in _conventions(chart) if text],
         "panels": [_panel(chart, panel, looks, f"f{number}-{n}") for n, panel in enumerate(chart.panels, 1)],
+        "pictures": [section(picture, looks, f"p{number}-{n}") for n, picture in enumerate(pictured, 1)],
+        "figure": chart.figure,
     }
 
 
@@ -189,12 +204,12 @@ def _panel(chart: Chart, panel: Panel, looks: Mapping[str, Style], key: str) -> 
         "labelled": has_labels(panel, WIDE),
         "legend": [(_markup(line.look.swatch()), line.name) for line in lines_of(panel, looks)],
         "svgs": [_markup(panel_svg(chart, panel, looks, form, f"{key}-{form.name}")) for form in forms],
-        "caption": _caption(panel),
+        "caption": _caption(panel, chart.reduced),
         "table": _table(chart, panel),
     }
 
 
-def _caption(panel: Panel) -> str:
+def _caption(panel: Panel, reduced: str) -> str:
     """What the marks are, for this panel."""
     points = [p for curve in panel.curves for p in curve.points]
     counts = sorted({curve.images for curve in panel.curves})
@@ -204,6 +219,8 @@ def _caption(panel: Panel) -> str:
         texts[0] += ", band: 95 % interval over images"
     elif counts == [1]:
         texts[0] += ": one image gives no interval"
+    if reduced and reduced not in _REDUCED:
+        texts.append(f"Drawn: {reduced}")
     if any(p.site == "mid" for p in points):
         texts.append("Line: embedding and layer outputs; faint points: between attention and MLP")
     if panel.baselines:

@@ -21,7 +21,17 @@ from matplotlib.transforms import IdentityTransform
 
 from probekit.reports.charts import clean
 from probekit.reports.looks import HAIRLINE, INK, MUTED, SERIES, Style, embedded, legend_name
-from probekit.reports.pictures_panels import Block, Dots, Maps, Matrix, Panel, Picture, Points, Profile
+from probekit.reports.pictures_panels import (
+    Block,
+    Dots,
+    Maps,
+    Matrix,
+    Panel,
+    Picture,
+    Points,
+    Profile,
+    Scatter,
+)
 from probekit.reports.placing import shortened
 
 WIDTH = 400.0
@@ -48,7 +58,7 @@ def size(panels: Sequence[Panel]) -> tuple[float, float]:
     if isinstance(first, Dots):
         return 560.0, 50 + _row_height(panels) * len(_categories(panels))
     if isinstance(first, Points):
-        return WIDTH, sum(172.0 for _ in first.scatters) + 4
+        return WIDTH, sum(_scatter_height(scatter) for scatter in first.scatters) + 4
     return WIDTH, sum(_block_height(block) for block in first.blocks) + 2
 
 
@@ -157,7 +167,7 @@ def _profile(sheet: Sheet, picture: Picture, panels: Sequence[Profile], looks: M
         colour = _depth_colour(line.depth, depths)
         axes.plot(line.x, line.y, color=colour, linewidth=1.3, dashes=dashes, **mark)
     axes.grid(axis="y", color=HAIRLINE, linewidth=1)
-    axes.xaxis.set_major_locator(MaxNLocator(nbins=7))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=(1, 2, 2.5, 5, 10)))
     axes.yaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.ticklabel_format(useOffset=False)
     for axis in (axes.xaxis, axes.yaxis):
@@ -220,13 +230,14 @@ def _dots(sheet: Sheet, picture: Picture, panels: Sequence[Dots], looks: Mapping
 def _points(sheet: Sheet, picture: Picture, panels: Sequence[Points], looks: Mapping[str, Style]) -> None:
     (panel,) = panels
     names = cloud_names(picture)
-    for number, scatter in enumerate(panel.scatters):
+    top = 0.0
+    for scatter in panel.scatters:
         pairs = [(0, 1), (0, 2)] if len(scatter.axes) > 2 else [(0, 1)]
-        top, width = 172.0 * number, (sheet.width - 4) / len(pairs)
+        width, height = (sheet.width - 4) / len(pairs), _scatter_height(scatter) - 48
         sheet.text(4, top + 11, scatter.layer, colour=INK)
         crowd = sum(len(c.points) * (1 if c.after is None else 2) for c in scatter.clouds) > _CROWD
         for column, (a, b) in enumerate(pairs):
-            axes = sheet.axes(width * column + 22, top + 22, width - 26, 124)
+            axes = sheet.axes(width * column + 22, top + 22, width - 26, height)
             axes.set(xticks=[], yticks=[])
             axes.spines["left"].set(visible=True, color=MUTED)
             axes.margins(0.06)
@@ -241,8 +252,10 @@ def _points(sheet: Sheet, picture: Picture, panels: Sequence[Points], looks: Map
                 start, stop = (side[:, (a, b)].mean(0) for side in (cloud.points, cloud.after))
                 arrow = {"arrowstyle": "->", "color": INK, "shrinkA": 0, "shrinkB": 0}
                 axes.annotate("", xy=stop, xytext=start, arrowprops=arrow)
-            sheet.text(22 + width * (column + 0.5) - 13, top + 156, scatter.axes[a], "center", size=_FONT - 1)
-            sheet.text(12 + width * column, top + 84, scatter.axes[b], "center", size=_FONT - 1, turn=90)
+            left, middle = 22 + width * (column + 0.5) - 13, top + 22 + height / 2
+            sheet.text(left, top + height + 32, scatter.axes[a], "center", size=_FONT - 1)
+            sheet.text(12 + width * column, middle, scatter.axes[b], "center", size=_FONT - 1, turn=90)
+        top += height + 48
 
 
 def _maps(sheet: Sheet, picture: Picture, panels: Sequence[Maps], looks: Mapping[str, Style]) -> None:
@@ -265,6 +278,7 @@ def _maps(sheet: Sheet, picture: Picture, panels: Sequence[Maps], looks: Mapping
                 sheet.text(left - 6, y + tall / 2, text, "right", size=_FONT - 1)
             for column in range(columns):
                 axes = sheet.picture(left + (cell + 4) * column, y, cell, tall)
+                axes.add_patch(Rectangle((-0.5, -0.5), width, height, fill=False, edgecolor=HAIRLINE))
                 axes.imshow(_coloured(block.maps[row, column]), aspect="auto", interpolation="none")
                 box = block.marks[row] if row < len(block.marks) else None
                 if box is not None:
@@ -354,6 +368,10 @@ def _row_height(panels: Sequence[Dots]) -> float:
 
 def _offset(number: int, count: int) -> float:
     return 0.6 * ((number + 0.5) / count - 0.5)
+
+
+def _scatter_height(scatter: Scatter) -> float:
+    return 172.0 if len(scatter.axes) > 2 else 300.0
 
 
 def _block_measures(block: Block) -> tuple[float, float, float]:

@@ -49,8 +49,8 @@ def add(picture: Picture, result: xr.Dataset, model: str) -> None:
     images = int(result.attrs.get("images", 0))
     if panels and images:
         of = int(result.attrs.get("of", images))
-        text = "1 image" if images == 1 else f"{images} images"
-        text += f" of {of}" if of != images else ""
+        text = f"Measured on {images}" + (f" of {of}" if of != images else "")
+        text += " image" if max(images, of) == 1 else " images"
         picture.images += [text] if text not in picture.images else []
 
 
@@ -172,8 +172,9 @@ def _points(picture: Picture, result: xr.Dataset, variable: xr.DataArray, model:
         clouds = []
         for number, (points, moved) in enumerate(_clouds(values[row], after[row] if later else None)):
             name = names[number] if names else ""
+            there = np.isfinite(points).any(1)
             for one in dict.fromkeys(labels.tolist()) if labels is not None else [None]:
-                mine = np.isfinite(points).any(1) & (True if one is None else labels == one)
+                mine = there if one is None else there & (labels == one)
                 kept = points[mine], moved[mine] if moved is not None else None
                 if mine.any():
                     clouds.append(Cloud(" ".join(filter(None, (name, one or ""))), *kept))
@@ -223,7 +224,9 @@ def _maps(picture: Picture, result: xr.Dataset, variable: xr.DataArray, model: s
         blocks.append(Block(layer_name(result, row), tuple(names[0]), tuple(names[1]), maps, tuple(marks)))
         for axis, dim in enumerate((down, along)):
             if len(shown[axis]) < full.any(1 - axis).sum():
-                _note(picture, f"{len(shown[axis])} of {full.any(1 - axis).sum()} {dim}s")
+                _note(
+                    picture, f"Not more than {len(shown[axis])} {dim.replace('_', ' ')}s of a layer are shown"
+                )
     if not blocks:
         return []
     if by_layer:
@@ -231,7 +234,7 @@ def _maps(picture: Picture, result: xr.Dataset, variable: xr.DataArray, model: s
     else:
         blocks = [_joined(blocks, down == "layer")]
     for dim in fixed:
-        _note(picture, f"Of {variable.sizes[dim]} {dim}s: {_labels(result, dim)[0]}")
+        _note(picture, f"One {dim.replace('_', ' ')} of {variable.sizes[dim]}: {_labels(result, dim)[0]}")
     _note(picture, "Colours: each map from 0 (dark) to its largest value, nothing where nothing is")
     if marked:
         _note(picture, "Box: the token that looks")
@@ -259,7 +262,8 @@ def _axes(variable: xr.DataArray) -> str:
 
 
 def _value(picture: Picture) -> str:
-    return picture.title + (f" ({picture.units})" if picture.units else "")
+    name = clean(picture.variable.replace("_", " "))
+    return name + (f" ({picture.units})" if picture.units else "")
 
 
 def _parts(result: xr.Dataset) -> list[str]:
