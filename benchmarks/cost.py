@@ -2,7 +2,8 @@
 
     python benchmarks/cost.py [--model vit_base_patch16_224] [--batch 8] [--repeats 9] [--threads 1]
 
-(a) forward + the three metrics : the bare (fused) forward
+(a) forward + metrics : the bare (fused) forward, for the first three metrics, for every streaming metric, and with
+    the spectra of tokens on one image in eight (the default) and on every image
 (b) the official notebooks' formulas : ours, on the same activations, forward left out
 
 Process time isn't disturbed by other processes taking the core, but caches and clock are: quote medians, and
@@ -23,10 +24,18 @@ import timm
 import torch
 
 from probekit.engine import collector, measure_batch, numerics
+from probekit.jobs import make_metric
 from probekit.metrics.attention_distance import AttentionDistance
 from probekit.metrics.fourier import Fourier
 from probekit.metrics.nmi import NMI
+from probekit.plugins.catalog import Catalog
 from probekit.watch import Visitor, Watcher
+
+
+STREAMING = (
+    "attention_distance", "nmi", "fourier", "attention_entropy", "prefix_mass", "feature_variance",
+    "similarity_heads", "similarity_depths", "similarity_tokens", "token_translation", "features",
+)  # fmt: skip
 
 
 def peaked(name: str, factor: float = 4.0) -> torch.nn.Module:
@@ -130,6 +139,18 @@ def measure(model: torch.nn.Module, images: torch.Tensor, repeats: int) -> None:
     with numerics(device, "float32"), torch.no_grad():
         watcher = Watcher(model, images)
         every = [collector(metric, watcher) for metric in (AttentionDistance(), NMI(), Fourier())]
+        catalog = Catalog.load()
+        suite = {
+            name: collector(make_metric(catalog.metric(name), catalog), watcher)
+            for name in (*STREAMING, "spectrum_tokens")
+        }
+        streaming = [suite[name] for name in STREAMING]
+        whole = list(range(len(images)))
+        eighth = [whole] * len(streaming) + [whole[: max(1, len(images) // 8)]]
+
+        def all_with(chosen: list[list[int]] | None) -> None:
+            measure_batch(watcher, images, [*streaming, suite["spectrum_tokens"]], chosen)
+
         nothing = Visitor(frozenset({"q"}), lambda layer: None)
         found = timed(
             {
@@ -137,7 +158,14 @@ def measure(model: torch.nn.Module, images: torch.Tensor, repeats: int) -> None:
                 "watched, nothing measured": lambda: watcher.run(images, [nothing]),
                 "distance + NMI": lambda: measure_batch(watcher, images, every[:2]),
                 "Fourier": lambda: measure_batch(watcher, images, every[2:]),
-                "(a) all three": lambda: measure_batch(watcher, images, every),
+                "(a) the first three": lambda: measure_batch(watcher, images, every),
+                "(a) every streaming metric": lambda: measure_batch(watcher, images, streaming),
+                "(a) and spectra, 1 image in 8": lambda: all_with(eighth),
+                "(a) and spectra, every image": lambda: all_with(None),
+                **{
+                    f"  {name} alone": lambda c=c: measure_batch(watcher, images, [c])
+                    for name, c in suite.items()
+                },
             },
             repeats,
         )

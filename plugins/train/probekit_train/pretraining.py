@@ -1,0 +1,242 @@
+"""`probekit pretrain`, without its command line: from a recipe to a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from probekit.datasets.dataset import Dataset
+from probekit.errors import UsageError
+from probekit.specs import Preprocessing
+from probekit.store.sealing import remove_temporaries
+from probekit.store.writing import RunLock
+from probekit.subject import versions
+from probekit_train import trained
+from probekit_train.backbone import Description
+from probekit_train.objectives import Batch
+from probekit_train.objectives.hybrid import Hybrid
+from probekit_train.objectives.mae import MaskedAutoencoding
+from probekit_train.objectives.moco import MomentumContrast
+from probekit_train.objectives.simmim import MaskedPixels
+from probekit_train.objectives.supervised import Classification
+from probekit_train.pictures import Pictures, Share, normalised
+from probekit_train.recipe import Pretraining, SupervisedRecipe, Training
+from probekit_train.state import State
+from probekit_train.training import INTERVAL, Job, Listener, check_batch, train
+from probekit_train.views import seed_everything
+
+OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
+    "moco": MomentumContrast,
+    "simmim": MaskedPixels,
+    "mae": MaskedAutoencoding,
+    "hybrid": Hybrid,
+}
+MODEL, HALF = "model.safetensors", "model-fp16.safetensors"
+_HELD_OUT = 1024
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What makes a training's objective and what its checkpoint says besides the recipe."""
+
+    objective: nn.Module
+    architecture: dict[str, Any]
+    preprocessing: Preprocessing
+    network: nn.Module | None = None
+    decoder: dict[str, int] | None = None
+
+
+def pretraining(recipe: Pretraining, dataset: Dataset) -> Plan:
+    """The objective over a fresh network, its weights drawn from the recipe's seed. Raises UsageError."""
+    classes = class_count(dataset) if isinstance(recipe, SupervisedRecipe) else 0
+    description = Description(
+        model=recipe.model,
+        model_args=recipe.model_args,
+        img_size=recipe.img_size,
+        positions=recipe.positions,
+        local_attention=recipe.local_attention,
+        classes=classes,
+        pool=getattr(recipe, "pool", "token"),
+    )
+    training: dict[str, float] = {}
+    if recipe.drop_path:
+        training["drop_path_rate"] = recipe.drop_path
+    if getattr(recipe, "drop_tokens", 0):
+        training["patch_drop_rate"] = recipe.drop_tokens
+    seed_everything(recipe.seed, 0, 0)
+    network = description.build(**training)
+    if classes:
+        objective: nn.Module = Classification(network, recipe, classes)
+    else:
+        objective = OBJECTIVES[recipe.objective](network, recipe)
+    decoder = None
+    if recipe.objective == "mae":
+        decoder = {
+            "width": recipe.decoder_width,
+            "depth": recipe.decoder_depth,
+            "heads": recipe.decoder_heads,
+        }
+    return Plan(
+        objective,
+        description.model_dump(mode="json"),
+        trained.preprocessing_for(recipe.img_size, recipe.crop_pct),
+        network if classes else None,
+        decoder,
+    )
+
+
+def class_count(dataset: Dataset) -> int:
+    """Raises UsageError for a dataset without labels."""
+    if dataset.labels is None:
+        raise UsageError(
+            f"dataset '{dataset.name}' has no labels, and a classifier is trained on them",
+            hint="take a folder with one subfolder a class, or another `--objective`",
+        )
+    if dataset.classes is not None:
+        return len(dataset.classes)
+    return int(max(dataset.labels)) + 1
+
+
+def split_of(dataset: Dataset) -> tuple[Dataset, Dataset | None]:
+    """The images to train on, and held-out ones where the dataset has a train split of its own."""
+    train_split = getattr(dataset, "train", None)
+    return (dataset, None) if train_split is None else (train_split, dataset)
+
+
+def run(
+    recipe: Training,
+    dataset: Dataset,
+    folder: Path,
+    accelerator: Accelerator,
+    plan: Callable[[Any, Dataset], Plan],
+    *,
+    workers: int = 0,
+    stop_after: float | None = None,
+    save_every: float = 5.0,
+    half: bool = False,
+    decoding: Callable[[int, int], None] = lambda done, total: None,
+    listen: Listener = lambda report: None,
+) -> tuple[State, dict[str, Any]]:
+    """Train, write ``model.safetensors``, and return the state and what the checkpoint says of itself.
+
+    The checkpoint is written also where the schedule isn't finished, with the images seen so far.
+    """
+    training_split, held_out = split_of(dataset)
+    made = plan(recipe, training_split)
+    fingerprint = training_split.fingerprint(range(len(training_split)))
+    pictures = Pictures(training_split, decoding)
+    job = Job(
+        recipe,
+        pictures,
+        made.objective,
+        made.preprocessing,
+        folder,
+        fingerprint,
+        network=made.network,
+        workers=workers,
+        stop_after=stop_after,
+        save_every=save_every,
+    )
+    check_batch(job)
+    main = accelerator.is_main_process
+    with RunLock(folder) if main else nullcontext():
+        if main:
+            remove_temporaries(folder)
+        state = train(job, accelerator, listen)
+        return state, _finished(job, made, state, training_split, held_out, accelerator, half)
+
+
+def _finished(
+    job: Job,
+    made: Plan,
+    state: State,
+    trained_on: Dataset,
+    held_out: Dataset | None,
+    accelerator: Accelerator,
+    half: bool,
+) -> dict[str, Any]:
+    """Write the checkpoint and return what it says of itself."""
+    recipe = job.recipe
+    labelled = recipe.objective in ("supervised", "finetune")
+    said = {
+        "objective": recipe.objective,
+        "architecture": made.architecture,
+        **({"decoder": made.decoder} if made.decoder else {}),
+        "preprocessing": made.preprocessing.model_dump(mode="json"),
+        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "dataset": {"name": trained_on.name, "fingerprint": job.fingerprint, "images": len(trained_on)},
+        "classes": list(trained_on.classes or ()) if labelled else [],
+        "seed": recipe.seed,
+        "finished": state.step == job.steps,
+        "images_seen": state.step * recipe.batch_size,
+        "seconds": round(state.seconds, 1),
+        "losses": final_losses(state),
+        "held_out": measured(job, held_out, accelerator) if held_out is not None else {},
+        "versions": dict(versions()),
+    }
+    if accelerator.is_main_process:
+        tensors = made.objective.exported()
+        trained.write(job.folder / MODEL, tensors, said)
+        if half:
+            trained.write(job.folder / HALF, tensors, said, half=True)
+    return said
+
+
+def final_losses(state: State) -> dict[str, float]:
+    """Means of the log's last rows, about the last hundred steps."""
+    rows = state.rows[-max(1, 100 // INTERVAL) :]
+    skipped = {"step", "images", "seconds", "lr", "images_per_second"}
+    names = [name for name in (rows[-1] if rows else {}) if name not in skipped]
+    return {name: round(math.fsum(row[name] for row in rows) / len(rows), 6) for name in names}
+
+
+@torch.no_grad()
+def measured(job: Job, dataset: Dataset, accelerator: Accelerator) -> dict[str, float]:
+    """The losses on at most 1024 held-out images, views and masks fixed by the seed."""
+    count = min(_HELD_OUT, len(dataset))
+    size = min(job.recipe.batch_size // job.recipe.accumulate, count)
+    chosen = _Chosen(dataset, [number * len(dataset) // count for number in range(count)])
+    recipe = job.recipe.model_copy(update={"batch_size": size, "accumulate": 1})
+    share = Share(Pictures(chosen), recipe, job.preprocessing.size[0])
+    job.objective.eval()
+    sums: dict[str, float] = {}
+    for number in range(count // size):
+        part = share[number]
+        if isinstance(part, Exception):
+            raise part
+        views, labels = part
+        seed_everything(recipe.seed, number, 3)
+        batch = Batch(
+            [normalised(view, job.preprocessing, accelerator.device) for view in views],
+            None if labels is None else labels.to(accelerator.device),
+        )
+        for name, value in job.objective.losses(batch).items():
+            sums[name] = sums.get(name, 0.0) + float(value)
+    job.objective.train()
+    return {name: round(value / (count // size), 6) for name, value in sums.items()}
+
+
+class _Chosen(Dataset):
+    """Some images of a dataset, as one of their own."""
+
+    def __init__(self, dataset: Dataset, indices: list[int]) -> None:
+        self.name = dataset.name
+        self.ids = [dataset.ids[index] for index in indices]
+        self.labels = None if dataset.labels is None else [dataset.labels[index] for index in indices]
+        self._dataset, self._indices = dataset, indices
+
+    def image(self, index: int) -> Any:
+        return self._dataset.image(self._indices[index])
+
+
+def summary(said: Mapping[str, Any]) -> str:
+    losses = ", ".join(f"{name} {value:.4f}" for name, value in said["losses"].items())
+    return f"{said['images_seen']} images in {said['seconds'] / 60:.1f} min; last {losses or 'untrained'}"
