@@ -1,9 +1,9 @@
-"""The demo: two self-supervised ViTs, three metrics, one report, no network.
+"""The demo: every bundled miniature, every metric, the paper's claims as findings, one report, no network.
 
     make demo
     make demo IMAGES=/path/to/photos
 
-Without IMAGES it cuts crops out of the photograph that matplotlib ships.
+Without IMAGES the images are drawn: shapes in textures (`shapetex`).
 """
 
 from __future__ import annotations
@@ -12,38 +12,27 @@ import os
 import sys
 from pathlib import Path
 
-MODELS = ("moco:vit-s16", "simmim:vit-b16")
+OUT = Path("runs/demo")
 
 
-def crops(folder: Path, count: int = 32) -> Path:
-    """Square crops of one photograph, at sides from 128 px to all of it; the same ones every time."""
-    import numpy as np
-    from matplotlib.cbook import get_sample_data
-    from PIL import Image
+def miniatures() -> list[str]:
+    """Names of the models whose weights come with their packs."""
+    from probekit.plugins.catalog import Catalog
 
-    with get_sample_data("grace_hopper.jpg") as file:
-        photograph = Image.open(file).convert("RGB")
-    random = np.random.default_rng(0)
-    folder.mkdir(parents=True, exist_ok=True)
-    for number, side in enumerate(np.linspace(128, min(photograph.size), count).astype(int)):
-        left, top = (int(random.integers(0, length - side + 1)) for length in photograph.size)
-        crop = photograph.crop((left, top, left + int(side), top + int(side)))
-        crop.save(folder / f"crop-{number:02d}.png")
-    return folder
+    specs = [entry.spec for entry in Catalog.load().models]
+    return [spec.full_name for spec in specs if spec.weights is not None and spec.weights.bundled]
 
 
 def main() -> int:
     from probekit.cli.app import main as probekit
 
-    chosen = os.environ.get("IMAGES")
-    folder = Path(chosen) if chosen else crops(Path("runs/demo-images"))
-    models = [word for name in MODELS for word in ("--model", f"{name}@random")]
-    code = probekit(["run", *models, "--metrics", "all", "--dataset", f"folder:{folder}", "--limit", "64"])
-    print(
-        "\nThese weights are random: the published ones need a download. With a network, and your own images:"
+    models = [word for name in miniatures() for word in ("--model", name)]
+    images = (
+        ["--dataset", f"folder:{os.environ['IMAGES']}", "--limit", "256"] if os.environ.get("IMAGES") else []
     )
-    print(f"  probekit run --model {MODELS[0]} --model {MODELS[1]} --metrics all --dataset folder:PHOTOS")
-    return code
+    out = OUT if not images else OUT.with_name("demo-images")
+    code = probekit(["run", *models, "--metrics", "all", *images, "--out", str(out)])
+    return code or probekit(["findings", str(out)])
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ class Training(_Strict):
             raise ValueError(
                 f"local_attention is the side of a neighbourhood and odd, not {self.local_attention}"
             )
-        if self.warmup_epochs > self.epochs:
+        if self.epochs and self.warmup_epochs > self.epochs:
             raise ValueError("warmup_epochs can't be more than epochs")
         if self.milestones and self.schedule != "multistep":
             raise ValueError("milestones are for the schedule 'multistep'")
