@@ -118,7 +118,7 @@ def run_command(
         for entry in resolved.models:
             if entry.spec.published_as:
                 typer.echo(
-                    f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.published_as}"
+                    f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.name}:{entry.spec.published_as}"
                 )
     from probekit.execution import execute
 

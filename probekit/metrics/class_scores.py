@@ -45,6 +45,7 @@ class ClassScores(Metric):
         curve = summary(np.exp(values.max(-1)), traces.seed)
         variables = {"class_scores": (("layer", "class"), values.mean(0), {"units": "nats", "role": "mean"})}
         for suffix, part in (("", "mean"), ("_low", "low"), ("_high", "high")):
-            attrs = {"units": "1", "role": f"curve{suffix}"}
+            reduced = "probability of the most probable class"
+            attrs = {"units": "1", "role": f"curve{suffix}", "reduced": reduced}
             variables[f"class_scores_curve{suffix}"] = (("layer",), curve[part], attrs)
         return xr.Dataset(variables, layer_coordinates(traces.rows), result_attributes(self, traces))

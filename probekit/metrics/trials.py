@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,19 +53,24 @@ def decisions_csv(result: xr.Dataset, path: Path) -> Path:
     cue: ``shape``, ``texture`` or ``neither``, what the decision follows; empty for trials not counted.
     Raises `StoreError` where the file can't be written.
     """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    writer.writerows(rows(result))
+    write_bytes(Path(path), buffer.getvalue().encode("utf-8"))
+    return Path(path)
+
+
+def rows(result: xr.Dataset) -> Iterator[tuple[str | int, ...]]:
+    """`COLUMNS` of each trial of a `shape_bias` result, layer by layer."""
     names = [str(name) for name in result["class"].values]
     images = [str(image) for image in result["image"].values]
     shape, texture = (result[cue].values for cue in ("shape", "texture"))
     counted = result["counted"].values.astype(bool)
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(COLUMNS)
     places = (result[name].values for name in ("layer", "depth", "site"))
     for layer, (label, depth, site) in enumerate(zip(*places, strict=True)):
         for i, decided in enumerate(result["decisions"].values[layer]):
             cue = "shape" if decided == shape[i] else "texture" if decided == texture[i] else "neither"
             spoken = (names[number] for number in (decided, shape[i], texture[i]))
-            row = (label, f"{depth:g}", site, images[i], *spoken, int(counted[i]), cue if counted[i] else "")
-            writer.writerow(row)
-    write_bytes(Path(path), buffer.getvalue().encode("utf-8"))
-    return Path(path)
+            followed = cue if counted[i] else ""
+            yield (str(label), f"{depth:g}", str(site), images[i], *spoken, int(counted[i]), followed)

@@ -405,6 +405,18 @@ def probekit_reports() -> list[ReportSpec]:
             target="probekit.reports.csv:render",
             suffix=".csv",
         ),
+        ReportSpec(
+            name="figures",
+            summary="a folder of figures for a paper or a talk: every chart and picture as SVG and PNG",
+            target="probekit.reports.paper_figures:render",
+            suffix="-figures",
+        ),
+        ReportSpec(
+            name="decisions",
+            summary="every trial of shape against texture as one table: image, shape, texture, decision",
+            target="probekit.reports.decisions:render",
+            suffix="-decisions.csv",
+        ),
     ]
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import io
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import IdentityTransform
+from matplotlib.transforms import Affine2D
 
 from probekit.reports.charts import Baseline, Chart, Curve, Panel, Point, clean
 from probekit.reports.looks import HAIRLINE, INK, MUTED, SURFACE, Style, embedded, label, legend_name
@@ -24,6 +25,12 @@ _FONT = 13.0  # px, as everything here: one unit of the SVG's view box is a px o
 _ROW = 17.0  # height of a line of labels
 _GLYPH = 7.4  # width of a character at _FONT, an upper estimate for most fonts
 _LEFT, _RIGHT, _BOTTOM = 64.0, 14.0, 50.0
+
+
+REDUCED = {
+    "mean": "each image's values of a layer are averaged first, intervals are over images",
+    "last": "each image's last value of a layer, intervals are over images",
+}
 
 
 @dataclass(frozen=True)
@@ -81,22 +88,65 @@ def describe(chart: Chart, panel: Panel) -> str:
     )
 
 
+def caption(panel: Panel, reduced: str) -> str:
+    """What the marks are, for this panel."""
+    points = [p for curve in panel.curves for p in curve.points]
+    counts = sorted({curve.images for curve in panel.curves})
+    images = " or ".join("1 image" if n == 1 else f"{n} images" for n in counts)
+    texts = [f"Mean over {images}"]
+    if any(math.isfinite(p.low) for p in points):
+        texts[0] += ", band: 95 % interval over images"
+    elif counts == [1]:
+        texts[0] += ": one image gives no interval"
+    if reduced and reduced not in REDUCED:
+        texts.append(f"Drawn: {reduced}")
+    if any(p.site == "mid" for p in points):
+        texts.append("Line: embedding and layer outputs; faint points: between attention and MLP")
+    if panel.baselines:
+        texts.append(
+            f"Dotted: {', '.join(dict.fromkeys(b.name for b in panel.baselines))}, whatever the image"
+        )
+    if any(curve.untrained for curve in panel.curves):
+        texts.append("Dashed: untrained networks, random weights")
+    places: dict[str, list[str]] = {}
+    for curve in panel.curves:
+        places.setdefault(curve.at, []).append(legend_name(curve.model))
+    for place, models in places.items():
+        if place:
+            texts.append(f"At {place}" + (f": {', '.join(models)}" if len(places) > 1 else ""))
+    return ". ".join(texts) + "."
+
+
 def panel_svg(chart: Chart, panel: Panel, looks: Mapping[str, Style], form: Form, key: str) -> str:
     """One panel as an ``<svg>`` element.
 
     looks: a `Style` for every model of the panel (`probekit.reports.looks.styles`)
     key:   prefix of the ids in it; unique on a page
     """
-    # No setting of the reader's own: the same run gives the same bytes everywhere.
-    settings = {"svg.fonttype": "none", "svg.hashsalt": "probekit", "path.simplify": False}
-    with style.context(["default", settings]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has it
-        drawing = _Drawing(chart, panel, looks, form)
-        drawing.draw()
+    with drawing_style():
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        drawing.figure.savefig(text, format="svg", metadata=nothing)
+        panel_figure(chart, panel, looks, form).savefig(text, format="svg", metadata=nothing)
     return embedded(text.getvalue(), key, describe(chart, panel), form.name)
+
+
+def panel_figure(chart: Chart, panel: Panel, looks: Mapping[str, Style], form: Form) -> Figure:
+    """One panel as a figure of matplotlib's, to be made and saved within `drawing_style`."""
+    drawing = _Drawing(chart, panel, looks, form)
+    drawing.draw()
+    return drawing.figure
+
+
+@contextmanager
+def drawing_style(fonts: str = "none") -> Iterator[None]:
+    """No setting of the reader's own: the same run gives the same bytes everywhere.
+
+    fonts: ``none`` keeps text as text, ``path`` makes it look the same everywhere
+    """
+    settings = {"svg.fonttype": fonts, "svg.hashsalt": "probekit", "path.simplify": False}
+    with style.context(["default", settings]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # a browser has it
+        yield
 
 
 class _Drawing:
@@ -111,6 +161,7 @@ class _Drawing:
         self.y0, self.y1 = _BOTTOM, form.height - _top(panel)
         self.figure = Figure(figsize=(form.width / 72, form.height / 72), dpi=72)
         FigureCanvasSVG(self.figure)
+        self.px = Affine2D().scale(1 / 72) + self.figure.dpi_scale_trans
         self.figure.patch.set_alpha(0)
         size = ((self.x1 - self.x0) / form.width, (self.y1 - self.y0) / form.height)
         self.axes: Axes = self.figure.add_axes((self.x0 / form.width, self.y0 / form.height, *size))
@@ -153,7 +204,7 @@ class _Drawing:
             x,
             y,
             clean(text),
-            transform=IdentityTransform(),
+            transform=self.px,
             ha=ha,
             va=va,
             color=colour,
@@ -182,7 +233,7 @@ class _Drawing:
             16,
             (self.y0 + self.y1) / 2,
             clean(_axis_label(self.chart)),
-            transform=IdentityTransform(),
+            transform=self.px,
             ha="center",
             va="center",
             rotation=90,
@@ -243,9 +294,8 @@ class _Drawing:
                     texts.append(f"{baseline.name} {' to '.join(ends)}")
             if texts:
                 arrow, place = ("\u2191", self.y1 - 2) if above else ("\u2193", self.y0 + 3)
-                self.text(
-                    self.x1 - 3, place, f"{arrow} {', '.join(texts)}", "right", "top" if above else "bottom"
-                )
+                said = ", ".join(dict.fromkeys(texts))  # models whose baselines differ in a digit not shown
+                self.text(self.x1 - 3, place, f"{arrow} {said}", "right", "top" if above else "bottom")
 
     def _end_labels(self, lines: Sequence[Line]) -> None:
         """A label beside the end of each line, moved apart where they would overlap."""
@@ -273,7 +323,7 @@ class _Drawing:
             self.axes.plot(
                 xs,
                 ys,
-                transform=IdentityTransform(),
+                transform=self.px,
                 color=line.look.colour,
                 linewidth=1,
                 alpha=0.75,

@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Any
 from probekit.reports.charts import Chart, Panel, Point, clean
 from probekit.reports.contents import ordered
 from probekit.reports.curves import Trouble, charts
-from probekit.reports.figures import NARROW, WIDE, baseline_name, has_labels, lines_of, panel_svg
+from probekit.reports.figures import (
+    NARROW,
+    REDUCED,
+    WIDE,
+    baseline_name,
+    caption,
+    has_labels,
+    lines_of,
+    panel_svg,
+)
 from probekit.reports.findings import Tables, positions, tables, unplaced
-from probekit.reports.looks import Style, legend_name, styles
+from probekit.reports.looks import Style, styles
 from probekit.reports.pictures import pictures
 from probekit.reports.pictures_page import section
 from probekit.reports.pictures_panels import Picture
@@ -30,10 +39,6 @@ _GROUPS = {
     "unreadable": "Results that can't be shown",
     "unfinished": "Not finished",
     "does not apply": "Does not apply",
-}
-_REDUCED = {
-    "mean": "each image's values of a layer are averaged first, intervals are over images",
-    "last": "each image's last value of a layer, intervals are over images",
 }
 
 
@@ -189,7 +194,7 @@ def _conventions(chart: Chart) -> list[tuple[str, str]]:
     )
     return [
         *((str(key).replace("_", " "), plain(value)) for key, value in chart.conventions.items()),
-        ("curve", _REDUCED.get(chart.reduced, chart.reduced)),
+        ("curve", REDUCED.get(chart.reduced, chart.reduced)),
         ("interval", chart.interval),
         ("metric version", chart.version),
         ("metric from", chart.pack),
@@ -204,38 +209,9 @@ def _panel(chart: Chart, panel: Panel, looks: Mapping[str, Style], key: str) -> 
         "labelled": has_labels(panel, WIDE),
         "legend": [(_markup(line.look.swatch()), line.name) for line in lines_of(panel, looks)],
         "svgs": [_markup(panel_svg(chart, panel, looks, form, f"{key}-{form.name}")) for form in forms],
-        "caption": _caption(panel, chart.reduced),
+        "caption": caption(panel, chart.reduced),
         "table": _table(chart, panel),
     }
-
-
-def _caption(panel: Panel, reduced: str) -> str:
-    """What the marks are, for this panel."""
-    points = [p for curve in panel.curves for p in curve.points]
-    counts = sorted({curve.images for curve in panel.curves})
-    images = " or ".join("1 image" if n == 1 else f"{n} images" for n in counts)
-    texts = [f"Mean over {images}"]
-    if any(math.isfinite(p.low) for p in points):
-        texts[0] += ", band: 95 % interval over images"
-    elif counts == [1]:
-        texts[0] += ": one image gives no interval"
-    if reduced and reduced not in _REDUCED:
-        texts.append(f"Drawn: {reduced}")
-    if any(p.site == "mid" for p in points):
-        texts.append("Line: embedding and layer outputs; faint points: between attention and MLP")
-    if panel.baselines:
-        texts.append(
-            f"Dotted: {', '.join(dict.fromkeys(b.name for b in panel.baselines))}, whatever the image"
-        )
-    if any(curve.untrained for curve in panel.curves):
-        texts.append("Dashed: untrained networks, random weights")
-    places: dict[str, list[str]] = {}
-    for curve in panel.curves:
-        places.setdefault(curve.at, []).append(legend_name(curve.model))
-    for place, models in places.items():
-        if place:
-            texts.append(f"At {place}" + (f": {', '.join(models)}" if len(places) > 1 else ""))
-    return ". ".join(texts) + "."
 
 
 def _table(chart: Chart, panel: Panel) -> dict[str, Any]:

@@ -6,20 +6,20 @@ Heat maps, small images and many points are PNG inside of the SVG. Places are px
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
-from matplotlib import colormaps, style
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
-from matplotlib.transforms import IdentityTransform
+from matplotlib.transforms import Affine2D
 
 from probekit.reports.charts import clean
+from probekit.reports.figures import drawing_style
 from probekit.reports.looks import HAIRLINE, INK, MUTED, SERIES, Style, embedded, legend_name
 from probekit.reports.pictures_panels import (
     Block,
@@ -38,8 +38,6 @@ WIDTH = 400.0
 _FONT, _GLYPH, _LINE = 12.0, 7.0, 18.0
 _CROWD = 500
 """Points of a panel beyond which they are pixels."""
-
-SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "probekit", "path.simplify": False}
 
 
 def groups(picture: Picture) -> list[list[Panel]]:
@@ -83,18 +81,22 @@ def describe(picture: Picture, panels: Sequence[Panel]) -> str:
 
 def picture_svg(picture: Picture, panels: Sequence[Panel], looks: Mapping[str, Style], key: str) -> str:
     """The panels of one figure as an ``<svg>`` element. key: prefix of the ids in it, unique on a page."""
-    # No setting of the reader's own: the same run gives the same bytes everywhere.
-    with style.context(["default", SETTINGS]), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has it
+    with drawing_style():
         width, height = size(panels)
-        figure = Figure(figsize=(width / 72, height / 72), dpi=72)
-        FigureCanvasSVG(figure)
-        figure.patch.set_alpha(0)
+        figure = blank(width, height)
         draw(Sheet(figure, 0, 0, width, height), picture, panels, looks)
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing, dpi=144)
     return embedded(text.getvalue(), key, describe(picture, panels), "picture")
+
+
+def blank(width: float, height: float) -> Figure:
+    """A figure of this size in px, without a ground."""
+    figure = Figure(figsize=(width / 72, height / 72), dpi=72)
+    FigureCanvasSVG(figure)
+    figure.patch.set_alpha(0)
+    return figure
 
 
 class Sheet:
@@ -103,6 +105,7 @@ class Sheet:
     def __init__(self, figure: Figure, left: float, top: float, width: float, height: float):
         self.figure, self.left, self.top, self.width, self.height = figure, left, top, width, height
         self.whole = figure.get_size_inches() * 72
+        self.px = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
         across, up = self.whole
@@ -128,12 +131,11 @@ class Sheet:
         self, x: float, y: float, text: str, ha="left", va="center", colour=MUTED, size=_FONT, turn=0
     ) -> None:
         """Text that is never a formula."""
-        scale = self.figure.dpi / 72
         self.figure.text(
-            (self.left + x) * scale,
-            (self.whole[1] - self.top - y) * scale,
+            self.left + x,
+            self.whole[1] - self.top - y,
             clean(text),
-            transform=IdentityTransform(),
+            transform=self.px,
             ha=ha,
             va=va,
             color=colour,

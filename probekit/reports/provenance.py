@@ -18,6 +18,8 @@ _MOST = 200  # unreadable images listed by name
 # settings as the command line spells them, with what they are when nobody says anything
 _OPTIONS = {
     "limit": ("--limit", None),
+    "train": ("--train", None),
+    "train_limit": ("--train-limit", None),
     "seed": ("--seed", 0),
     "dtype": ("--dtype", "float32"),
     "image_size": ("--image-size", None),

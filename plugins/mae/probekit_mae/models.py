@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from probekit import Declared, Model
 from probekit.errors import UsageError, WeightsError
+from probekit.models import miniature
 from probekit.models.sincos import sincos_positions
 from probekit.models.timm import check_multiple, fit_grid
-from probekit_mae.network import LAYER_NORM, MaskedAutoencoder, Shape
+from probekit_mae.network import LAYER_NORM, Decoder, MaskedAutoencoder, Shape
 
 SHAPES = {
     "vit-b16": Shape(768, 12, 12, 16),
@@ -62,6 +63,19 @@ def build_full(
     size, shape = _size(variant, image_size)
     count = (size[0] // shape.patch) * (size[1] // shape.patch)
     module = MaskedAutoencoder(size, shape, _visible(count, mask_ratio, seed))
+    _initialise(module)
+    return Model(module, declared=Declared(parts={"decoder_blocks": "decoder"}))
+
+
+def build_miniature(
+    variant: str, *, mask_ratio: float = 0.0, seed: int = 0, image_size: tuple[int, int] | None = None
+) -> Model:
+    """The miniature, with its decoder of two blocks. Arguments as of `build_full`."""
+    size = image_size or (miniature.SIDE, miniature.SIDE)
+    check_multiple(size, (miniature.PATCH, miniature.PATCH), f"mae:{variant}")
+    shape = Shape(miniature.WIDTH, miniature.DEPTH, miniature.HEADS, miniature.PATCH)
+    count = (size[0] // shape.patch) * (size[1] // shape.patch)
+    module = MaskedAutoencoder(size, shape, _visible(count, mask_ratio, seed), Decoder(64, 2, 2))
     _initialise(module)
     return Model(module, declared=Declared(parts={"decoder_blocks": "decoder"}))
 

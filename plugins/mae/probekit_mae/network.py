@@ -11,7 +11,14 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 LAYER_NORM = partial(nn.LayerNorm, eps=1e-6)
-DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS = 512, 8, 16
+
+
+class Decoder(NamedTuple):
+    """A decoder's channels, blocks and heads; the published ones are alike whatever the encoder."""
+
+    width: int = 512
+    depth: int = 8
+    heads: int = 16
 
 
 class Shape(NamedTuple):
@@ -27,15 +34,22 @@ class MaskedAutoencoder(nn.Module):
     """MAE's encoder and decoder (He et al. 2022, section 3).
 
     size:    (rows, columns) of the images
-    shape:   the encoder's; the decoder is 512 wide with 8 blocks of 16 heads whatever the encoder
+    shape:   the encoder's
     visible: numbers of the patches the encoder sees, ascending, of every image; None: all of them
+    decoder: the decoder's shape
 
     The authors' code shuffles the tokens also at a masking ratio of 0, so that nothing in its encoder
     has a place; here they stay in raster order. Takes images (B, 3, rows, columns), gives the
     decoder's predictions of each patch's pixels, (B, patches, patch * patch * 3).
     """
 
-    def __init__(self, size: tuple[int, int], shape: Shape, visible: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        size: tuple[int, int],
+        shape: Shape,
+        visible: Tensor | None = None,
+        decoder: Decoder = Decoder(),
+    ) -> None:
         super().__init__()
 
         def blocks(width: int, depth: int, heads: int) -> nn.ModuleList:
@@ -50,12 +64,12 @@ class MaskedAutoencoder(nn.Module):
         self.pos_embed = nn.Parameter(torch.zeros(1, tokens, shape.width), requires_grad=False)
         self.blocks = blocks(shape.width, shape.depth, shape.heads)
         self.norm = LAYER_NORM(shape.width)
-        self.decoder_embed = nn.Linear(shape.width, DECODER_WIDTH)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, DECODER_WIDTH))
-        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, DECODER_WIDTH), requires_grad=False)
-        self.decoder_blocks = blocks(DECODER_WIDTH, DECODER_DEPTH, DECODER_HEADS)
-        self.decoder_norm = LAYER_NORM(DECODER_WIDTH)
-        self.decoder_pred = nn.Linear(DECODER_WIDTH, shape.patch * shape.patch * 3)
+        self.decoder_embed = nn.Linear(shape.width, decoder.width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder.width))
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, tokens, decoder.width), requires_grad=False)
+        self.decoder_blocks = blocks(*decoder)
+        self.decoder_norm = LAYER_NORM(decoder.width)
+        self.decoder_pred = nn.Linear(decoder.width, shape.patch * shape.patch * 3)
         self.register_buffer("visible", visible, persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
