@@ -294,12 +294,14 @@ def _chart_json(chart: Chart) -> dict[str, Any]:
 
 def report_command(
     folder: Folder,
-    kind: Annotated[str, typer.Option("--format", "-f", help="html, csv, or a plugin's.")] = "html",
+    kind: Annotated[
+        str, typer.Option("--format", "-f", help="html, csv, figures, decisions, or a plugin's.")
+    ] = "html",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="The file, or a folder for it.")] = None,
     open_it: Annotated[bool, typer.Option("--open", help="Open it in the browser.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a report of a run: a page that works offline, or every number as CSV.
+    """Write a report of a run: a page that works offline, every number as CSV, or figures for a paper.
 
     \b
     Examples:

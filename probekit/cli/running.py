@@ -35,7 +35,9 @@ def run_command(
     ] = None,
     dataset: Annotated[
         list[str] | None,
-        typer.Option("--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH. Default: shapetex, drawn images."),
+        typer.Option(
+            "--dataset", "-d", help="NAME:ARGUMENT, e.g. folder:PATH. Default: shapetex, drawn images."
+        ),
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Use this many images, evenly spaced.")] = None,
     train: Annotated[
@@ -117,9 +119,8 @@ def run_command(
             typer.echo(f"  no --dataset given: {resolved.grid.limit} drawn images of known shape and texture")
         for entry in resolved.models:
             if entry.spec.published_as:
-                typer.echo(
-                    f"  {entry.ref}   {entry.spec.summary}; the published model is {entry.spec.name}:{entry.spec.published_as}"
-                )
+                published = f"{entry.spec.name}:{entry.spec.published_as}"
+                typer.echo(f"  {entry.ref}   {entry.spec.summary}; the published model is {published}")
     from probekit.execution import execute
 
     with shown(as_json) as listen:

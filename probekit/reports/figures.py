@@ -19,7 +19,7 @@ from matplotlib.transforms import Affine2D
 
 from probekit.reports.charts import Baseline, Chart, Curve, Panel, Point, clean
 from probekit.reports.looks import HAIRLINE, INK, MUTED, SURFACE, Style, embedded, label, legend_name
-from probekit.reports.placing import apart, fitting, shortened
+from probekit.reports.placing import apart, fitting, shortened, tick_room
 
 _FONT = 13.0  # px, as everything here: one unit of the SVG's view box is a px of matplotlib at 72 dpi
 _ROW = 17.0  # height of a line of labels
@@ -157,7 +157,8 @@ class _Drawing:
         self.labelled = has_labels(panel, form)
         longest = max((len(line.name) for line in lines_of(panel, looks)), default=0)
         right = _RIGHT + (26 + min(longest, form.label_chars) * _GLYPH if self.labelled else 0)
-        self.x0, self.x1 = _LEFT, form.width - right
+        self.limits = _limits(chart.panels)
+        self.x0, self.x1 = max(_LEFT, 24 + tick_room(self.limits, 6)), form.width - right
         self.y0, self.y1 = _BOTTOM, form.height - _top(panel)
         self.figure = Figure(figsize=(form.width / 72, form.height / 72), dpi=72)
         FigureCanvasSVG(self.figure)
@@ -167,7 +168,6 @@ class _Drawing:
         self.axes: Axes = self.figure.add_axes((self.x0 / form.width, self.y0 / form.height, *size))
         depths = [p.depth for c in panel.curves for p in c.points] or [0.0, 1.0]
         self.depths = min(depths) - 0.4, max(depths) + 0.4
-        self.limits = _limits(chart.panels)
 
     def draw(self) -> None:
         outside = [b for b in self.panel.baselines if not _inside(b, self.limits)]

@@ -32,7 +32,7 @@ from probekit.reports.pictures_panels import (
     Profile,
     Scatter,
 )
-from probekit.reports.placing import shortened
+from probekit.reports.placing import shortened, tick_room
 
 WIDTH = 400.0
 _FONT, _GLYPH, _LINE = 12.0, 7.0, 18.0
@@ -54,7 +54,7 @@ def size(panels: Sequence[Panel]) -> tuple[float, float]:
         side = WIDTH - 128
         return WIDTH, 62 + max(80.0, min(2 * side, side * len(first.rows) / max(1, len(first.columns))))
     if isinstance(first, Dots):
-        return 560.0, 50 + _row_height(panels) * len(_categories(panels))
+        return WIDTH, 50 + _row_height(panels) * len(_categories(panels))
     if isinstance(first, Points):
         return WIDTH, sum(_scatter_height(scatter) for scatter in first.scatters) + 4
     return WIDTH, sum(_block_height(block) for block in first.blocks) + 2
@@ -108,10 +108,7 @@ class Sheet:
         self.px = Affine2D().scale(1 / 72) + figure.dpi_scale_trans
 
     def axes(self, left: float, top: float, width: float, height: float) -> Axes:
-        across, up = self.whole
-        bottom = up - self.top - top - height
-        box = ((self.left + left) / across, bottom / up, width / across, height / up)
-        axes = self.figure.add_axes(box)
+        axes = self.figure.add_axes(self._box(left, top, width, height))
         axes.patch.set_alpha(0)
         for side in ("left", "right", "top"):
             axes.spines[side].set_visible(False)
@@ -123,9 +120,14 @@ class Sheet:
 
     def picture(self, left: float, top: float, width: float, height: float) -> Axes:
         """Axes for pixels, without a frame."""
-        axes = self.axes(left, top, width, height)
+        axes = self.figure.add_axes(self._box(left, top, width, height))
         axes.set_axis_off()
         return axes
+
+    def _box(self, left: float, top: float, width: float, height: float) -> tuple[float, ...]:
+        across, up = self.whole
+        bottom = up - self.top - top - height
+        return (self.left + left) / across, bottom / up, width / across, height / up
 
     def text(
         self, x: float, y: float, text: str, ha="left", va="center", colour=MUTED, size=_FONT, turn=0
@@ -155,13 +157,15 @@ def draw(sheet: Sheet, picture: Picture, panels: Sequence[Panel], looks: Mapping
 
 def _profile(sheet: Sheet, picture: Picture, panels: Sequence[Profile], looks: Mapping[str, Style]) -> None:
     (panel,) = panels
-    axes = sheet.axes(54, 30, sheet.width - 66, sheet.height - 76)
     everything = [line for p in picture.panels for line in p.lines if len(line.x)]
-    for setting, values in (
-        (axes.set_xlim, [v for line in everything for v in (line.x.min(), line.x.max())]),
-        (axes.set_ylim, [v for line in everything for v in (line.y.min(), line.y.max())]),
-    ):
-        setting(*_room(values))
+    across, up = (
+        _room([v for side in sides for v in (side.min(), side.max())])
+        for sides in ([line.x for line in everything], [line.y for line in everything])
+    )
+    left = max(50.0, 24 + tick_room(up, 6))
+    width = sheet.width - left - 12
+    axes = sheet.axes(left, 30, width, sheet.height - 76)
+    axes.set(xlim=across, ylim=up)
     depths = [line.depth for line in panel.lines]
     for line in panel.lines:
         dashes = (4.0, 2.0) if line.part in panel.second else (None, None)
@@ -174,9 +178,11 @@ def _profile(sheet: Sheet, picture: Picture, panels: Sequence[Profile], looks: M
     axes.ticklabel_format(useOffset=False)
     for axis in (axes.xaxis, axes.yaxis):
         axis.offsetText.set(fontsize=_FONT, color=MUTED, parse_math=False)
-    sheet.text(54 + (sheet.width - 66) / 2, sheet.height - 10, picture.across, "center", colour=INK)
-    middle = 30 + (sheet.height - 76) / 2
-    sheet.text(12, middle, shortened(picture.up, 36), "center", colour=INK, turn=90)
+    sheet.text(left + width / 2, sheet.height - 10, shortened(picture.across, 45), "center", colour=INK)
+    middle, name = 30 + (sheet.height - 76) / 2, picture.up
+    if len(name) > 36 and picture.units:
+        name = name.removesuffix(f" ({picture.units})")  # the title says it
+    sheet.text(12, middle, shortened(name, 36), "center", colour=INK, turn=90)
     _depth_key(sheet, depths)
 
 
@@ -209,7 +215,7 @@ def _matrix(sheet: Sheet, picture: Picture, panels: Sequence[Matrix], looks: Map
 def _dots(sheet: Sheet, picture: Picture, panels: Sequence[Dots], looks: Mapping[str, Style]) -> None:
     names, step = _categories(panels), _row_height(panels)
     place = {name: number for number, name in enumerate(names)}
-    left, height = 150, step * len(names)
+    left, height = 128, step * len(names)
     axes = sheet.axes(left, 6, sheet.width - left - 16, height)
     ends = [v for p in panels for v in (*p.values, *p.low, *p.high, p.line) if np.isfinite(v)]
     axes.set_xlim(*_room(ends))
@@ -225,7 +231,7 @@ def _dots(sheet: Sheet, picture: Picture, panels: Sequence[Dots], looks: Mapping
         if np.isfinite(panel.line):
             axes.axvline(panel.line, color=look.colour, linewidth=1.4, dashes=look.dashes, zorder=1)
     for name, number in place.items():
-        sheet.text(left - 8, 6 + step * (number + 0.5), shortened(name, 19), "right", colour=INK)
+        sheet.text(left - 8, 6 + step * (number + 0.5), shortened(name, 15), "right", colour=INK)
     sheet.text(left + (sheet.width - left - 16) / 2, sheet.height - 10, picture.across, "center", colour=INK)
 
 

@@ -38,3 +38,13 @@ def fitting(label: str, room: float) -> str:
     """The longest form of a section's label of at most `room` characters, "" where there is none."""
     forms = (label, label.replace("stage ", ""), f"{label[:3]}." if len(label) > 4 else label)
     return next((form for form in forms if len(form) <= room), "")
+
+
+def tick_room(limits: tuple[float, float], nbins: int) -> float:
+    """Width in px, an upper estimate, of the numbers that matplotlib writes beside an upright axis."""
+    from matplotlib.ticker import MaxNLocator, ScalarFormatter
+
+    formatter = ScalarFormatter(useOffset=False)
+    formatter.create_dummy_axis()
+    formatter.axis.set_view_interval(*limits)
+    return 8.0 * max(map(len, formatter.format_ticks(MaxNLocator(nbins).tick_values(*limits))))
