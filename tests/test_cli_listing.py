@@ -90,7 +90,7 @@ def test_list_shows_the_built_ins():
         "models (2)",
         f"metrics ({len(builtins.probekit_metrics())})",
         f"datasets ({len(builtins.probekit_datasets())})",
-        "reports (2)",
+        "reports (4)",
         "folder:PATH",
         "timm:NAME",
         "Fig. 3",
