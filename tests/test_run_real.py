@@ -19,8 +19,15 @@ def run(real_data, tmp_path_factory):
     return probekit.run(models, [f"folder:{real_data / 'imagenet-sample'}"], out=out, limit=6)
 
 
-def test_every_cell_is_done(run):
-    assert [c.outcome.status for c in run.cells()] == ["done"] * 6
+NEEDS_MORE = {"linear_probe", "knn", "shape_bias", "frequency_robustness", "segmentation_probe"}
+
+
+def test_every_metric_has_a_result_or_a_reason(run):
+    """Photographs without a train split, masks or cues."""
+    ended = {(c.model, c.metric): c.outcome for c in run.cells()}
+    assert {m for (_, m), o in ended.items() if o.status != "done"} <= NEEDS_MORE | {"token_embedding"}
+    assert all(o.status == "does not apply" and o.reason for o in ended.values() if o.status != "done")
+    assert len({m for (_, m), o in ended.items() if o.status == "done"}) >= 15
 
 
 def test_untrained_networks_attend_almost_uniformly(run):
@@ -48,7 +55,8 @@ def test_intervals_hold_the_mean_and_narrow_with_images(run):
 
 def test_replaying_the_command_has_the_same_bits(run, real_data, tmp_path):
     again = probekit.run(run.models[0], run.datasets, out=tmp_path / "again", limit=6)
-    for metric in again.metrics:
+    done = [c.metric for c in again.cells() if c.outcome.status == "done" and c.metric != "cka"]
+    for metric in done:  # cka looks at the run's other model too
         files = [r.folder(run.models[0], run.datasets[0]).result(metric) for r in (run, again)]
         one, two = (hashlib.sha256(f.read_bytes()).hexdigest() for f in files)
         assert one == two
