@@ -2,8 +2,8 @@
 
     python benchmarks/cost.py [--model vit_base_patch16_224] [--batch 8] [--repeats 9] [--threads 1]
 
-(a) forward + metrics : the bare (fused) forward, for the first three metrics, for every streaming metric, and with
-    the spectra of tokens on one image in eight (the default) and on every image
+(a) forward + metrics : the bare (fused) forward, for the first three metrics, for every streaming metric,
+    and with the spectra of tokens on one image in eight (the default) and on every image
 (b) the official notebooks' formulas : ours, on the same activations, forward left out
 
 Process time isn't disturbed by other processes taking the core, but caches and clock are: quote medians, and
@@ -30,7 +30,6 @@ from probekit.metrics.fourier import Fourier
 from probekit.metrics.nmi import NMI
 from probekit.plugins.catalog import Catalog
 from probekit.watch import Visitor, Watcher
-
 
 STREAMING = (
     "attention_distance", "nmi", "fourier", "attention_entropy", "prefix_mass", "feature_variance",

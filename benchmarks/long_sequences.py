@@ -2,8 +2,8 @@
 
     python benchmarks/long_sequences.py [--tokens 4096] [--heads 4] [--repeats 5]
 
-Ratio of process times of `stats_from_scores` and scaled_dot_product_attention on the same q, k, v, one thread,
-interleaved; the memory is how much the process grew at most while it computed, divided by the heads.
+Ratio of process times of `stats_from_scores` and scaled_dot_product_attention on the same q, k, v, one
+thread, interleaved; the memory is how much the process grew at most while it computed, by the heads.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python benchmarks/probes.py [--images 4000] [--width 192] [--classes 10] [--layers 12] [--repeats 3]
 
-The loop is what probing scripts do: a DataLoader over cached features, cross-entropy, autograd, SGD, 50 epochs.
-Ratios of process time, one thread, interleaved. `knn` and the deterministic solver are beside it.
+The loop is what probing scripts do: a DataLoader over cached features, cross-entropy, autograd, SGD, 50
+epochs. Ratios of process time, one thread, interleaved; the deterministic solver is beside it.
 """
 
 from __future__ import annotations

@@ -248,7 +248,9 @@ def test_two_distributions_with_one_plugin_name(site):
 def test_the_name_probekit_is_taken(site):
     site("probekit", metrics_hook(metric("nmi")), module="impostor")
     catalog = Catalog.load()
-    assert len(catalog.metrics) == len(BUILT_IN) and catalog.metric("probekit/nmi").spec.target.startswith("probekit.")
+    assert len(catalog.metrics) == len(BUILT_IN) and catalog.metric("probekit/nmi").spec.target.startswith(
+        "probekit."
+    )
     assert "taken" in catalog.problems[0].message
 
 

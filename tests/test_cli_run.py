@@ -87,7 +87,17 @@ def test_a_run_and_its_json(command, photos, tmp_path):
 
 
 def test_lines_fit_in_80_columns(command, photos, tmp_path):
-    words = ("run", "--model", TINY, "--metrics", "attention_distance,nmi,fourier", "--dataset", f"folder:{photos}", "--out", "r")
+    words = (
+        "run",
+        "--model",
+        TINY,
+        "--metrics",
+        "attention_distance,nmi,fourier",
+        "--dataset",
+        f"folder:{photos}",
+        "--out",
+        "r",
+    )
     done = command(*words, cwd=tmp_path, env={"COLUMNS": "80"})
     assert done.returncode == 0, done.stderr
     assert "3 cells done" in done.stdout

@@ -78,7 +78,11 @@ def test_trials_of_classes_without_training_images_are_left_out_and_counted():
     shape, texture = [0, 1, 2, 3, 0], [1, 3, 3, 0, 2]
     result = ShapeBias(l2=0.01).summarize(conflict([0, 1, 2, 0, 0], shape, texture, known={0, 1, 2}))
     assert result["counted"].values.tolist() == [1, 0, 0, 0, 1]
-    assert (result.attrs["trials"], result.attrs["undecidable"], result.attrs["decidable_classes"]) == (2, 3, 3)
+    assert (result.attrs["trials"], result.attrs["undecidable"], result.attrs["decidable_classes"]) == (
+        2,
+        3,
+        3,
+    )
     assert (result["shape_bias"].values == 100).all()
     np.testing.assert_allclose(result["chance_either"].values, 200 / 3)
     assert not (result["decisions"].values == 3).any()

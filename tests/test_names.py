@@ -274,7 +274,11 @@ def test_nearest():
 
 def test_options_of_a_dataset():
     ref = parse_dataset("shapetex:cue-conflict?size=32&classes=4")
-    assert (ref.name, ref.argument, ref.options) == ("shapetex", "cue-conflict", {"size": "32", "classes": "4"})
+    assert (ref.name, ref.argument, ref.options) == (
+        "shapetex",
+        "cue-conflict",
+        {"size": "32", "classes": "4"},
+    )
     assert str(ref) == "shapetex:cue-conflict?classes=4&size=32"
     assert parse_dataset("folder:/a?b/c=d").argument == "/a?b/c=d"  # no option, a path
     assert parse_dataset(str(ref)) == ref
