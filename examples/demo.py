@@ -26,7 +26,9 @@ def miniatures() -> list[str]:
 def main() -> int:
     from probekit.cli.app import main as probekit
 
-    models = [word for name in miniatures() for word in ("--model", name)]
+    names = miniatures()
+    names += [f"{name}@random" for name in names[:1]]  # what is there before any training
+    models = [word for name in names for word in ("--model", name)]
     images = (
         ["--dataset", f"folder:{os.environ['IMAGES']}", "--limit", "256"] if os.environ.get("IMAGES") else []
     )

@@ -81,9 +81,31 @@ def _swin(variant: str, summary: str, drive: str, filename: str, window: int) ->
     )
 
 
+def _miniature() -> ModelSpec:
+    return ModelSpec(
+        name="simmim",
+        variant="mini",
+        summary="bundled miniature of SimMIM (ViT, 12 layers, 1.3 M), trained on shapetex",
+        target="probekit.models.miniature:build",
+        citation=_CITATION,
+        objective="MIM",
+        weights=Weights(
+            bundled="probekit_simmim:miniature.safetensors",
+            licence="Apache-2.0",
+            layout=Layout(name="miniature of SimMIM"),
+        ),
+        preprocessing=Preprocessing(size=(64, 64), crop_pct=1.0),
+        heads=3,
+        layers=12,
+        default=True,
+        published_as="vit-b16",
+    )
+
+
 @hookimpl
 def probekit_models() -> list[ModelSpec]:
     return [
+        _miniature(),
         ModelSpec(
             name="simmim",
             variant="vit-b16",
@@ -95,7 +117,6 @@ def probekit_models() -> list[ModelSpec]:
                 "1dJn6GYkwMIcoP3zqOEyW1_iQfpBi8UOw", "simmim-vit-b16-pretrain.pth", _PRETRAINING, _BARE
             ),
             preprocessing=_PREPROCESSING,
-            default=True,
             heads=12,
             layers=12,
         ),
