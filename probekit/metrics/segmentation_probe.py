@@ -59,7 +59,7 @@ class SegmentationProbe(Metric):
 
     def __init__(
         self,
-        tokens: int = 16,
+        tokens: int = 8,
         norm: str = "bn",
         solver: str = "lbfgs",
         l2: str | float = "",
