@@ -10,7 +10,7 @@ that is NaN for some images only is summarised over the others, and the variable
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -104,15 +104,15 @@ def paired_difference(
         "curve": curve,
     }
     parts = ("sd", "sem", "low", "high")
-    overall = summary(_mean_of(curve_a, 1) - _mean_of(curve_b, 1), a.seed)
+    overall = summary(mean_of(curve_a, 1) - mean_of(curve_b, 1), a.seed)
     variables = {f"{name}_overall": xr.Variable((), overall["mean"])}
     variables |= {f"{name}_overall_{part}": xr.Variable((), overall[part]) for part in parts}
     if curve_a.shape[1] != curve_b.shape[1]:
         return xr.Dataset(variables, attrs=attrs)
     difference = summary(curve_a - curve_b, a.seed)
     variables |= {
-        f"{name}_a": xr.Variable(("layer",), _mean_of(curve_a, 0)),
-        f"{name}_b": xr.Variable(("layer",), _mean_of(curve_b, 0)),
+        f"{name}_a": xr.Variable(("layer",), mean_of(curve_a, 0)),
+        f"{name}_b": xr.Variable(("layer",), mean_of(curve_b, 0)),
         f"{name}_difference": xr.Variable(("layer",), difference["mean"]),
     }
     variables |= {f"{name}_difference_{part}": xr.Variable(("layer",), difference[part]) for part in parts}
@@ -184,7 +184,7 @@ def image_curve(values: np.ndarray, how: Literal["mean", "last"]) -> np.ndarray:
     for row in range(rows):  # a row at a time: the float64 copy stays small
         flat = values[:, row].reshape(images, math.prod(values.shape[2:]))
         if how == "mean":
-            curve[:, row] = _mean_of(flat.astype(np.float64), 1)
+            curve[:, row] = mean_of(flat.astype(np.float64), 1)
         else:
             present = ~np.isnan(flat)
             last = flat.shape[1] - 1 - np.argmax(present[:, ::-1], axis=1)
@@ -223,22 +223,15 @@ def _resamplable(column: np.ndarray) -> bool:
 def resampled_means(part: np.ndarray, usable: np.ndarray, seed: int, resamples: int) -> np.ndarray:
     """(resamples, usable columns) means, from multinomial weights made a few resamples at a time."""
     images = part.shape[0]
-    generator = np.random.Generator(np.random.PCG64(seed))
     means = np.empty((resamples, usable.size))
-    height = max(1, min(resamples, _WEIGHTS // images))
     width = max(1, _BLOCK // images)
     # centred: a constant column then has an interval of exactly its value
     centre = np.concatenate(
         [_moments(part[:, usable[i : i + width]])[0] for i in range(0, usable.size, width)]
     )
-    for top in range(0, resamples, height):
-        count = min(height, resamples - top)
-        drawn = generator.integers(0, images, size=(count, images))
-        drawn += images * np.arange(count)[:, None]
-        weights = (
-            np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).astype(np.float64)
-        )
-        del drawn
+    top = 0
+    for weights in resampled_weights(images, seed, resamples):
+        count = len(weights)
         for left in range(0, usable.size, width):
             columns = slice(left, left + width)
             block = part[:, usable[columns]].astype(np.float64) - centre[columns]
@@ -249,8 +242,21 @@ def resampled_means(part: np.ndarray, usable: np.ndarray, seed: int, resamples: 
                 total = weights @ (~absent).astype(np.float64)
             with np.errstate(invalid="ignore", divide="ignore"):
                 means[top : top + count, columns] = weights @ block / total
+        top += count
     means += centre
     return means
+
+
+def resampled_weights(images: int, seed: int, resamples: int = RESAMPLES) -> Iterator[np.ndarray]:
+    """How often each resample draws each image, (some resamples, images) float64 at a time: the same draws
+    for every interval with that seed."""
+    generator = np.random.Generator(np.random.PCG64(seed))
+    height = max(1, min(resamples, _WEIGHTS // images))
+    for top in range(0, resamples, height):
+        count = min(height, resamples - top)
+        drawn = generator.integers(0, images, size=(count, images))
+        drawn += images * np.arange(count)[:, None]
+        yield np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images).astype(np.float64)
 
 
 def _moments(block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -271,7 +277,7 @@ def _moments(block: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return mean, sd, count
 
 
-def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
+def mean_of(values: np.ndarray, axis: int) -> np.ndarray:
     """np.nanmean without its warning."""
     present = ~np.isnan(values)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -280,7 +286,7 @@ def _mean_of(values: np.ndarray, axis: int) -> np.ndarray:
 
 def _sd_over_heads(mean: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore"):
-        return np.sqrt(_mean_of((mean - _mean_of(mean, 1)[:, None]) ** 2, 1))
+        return np.sqrt(mean_of((mean - mean_of(mean, 1)[:, None]) ** 2, 1))
 
 
 def _checked(metric: Metric, traces: Traces, name: str) -> np.ndarray:

@@ -13,6 +13,7 @@ from probekit.errors import StoreError
 from probekit.findings.finding import NotMeasured
 from probekit.findings.quantities import Quantity, reduced
 from probekit.names import quoted
+from probekit.summaries import mean_of
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -112,7 +113,7 @@ def _curves(
     except ValueError as error:
         raise NotMeasured(f"{quoted(value)} of {what} can't be read so: {error}") from error
     if values is not None:
-        mean = image_means(values)
+        mean = mean_of(values, 0)
     rows &= ~np.isnan(mean)
     if not rows.any():
         raise NotMeasured(f"{what} has no value at any layer of the encoder")
@@ -212,10 +213,3 @@ def _of_result(quantity: Quantity, result: xr.Dataset) -> tuple[np.ndarray, ...]
         usable = bound is not None and (variable.ndim == 1 or (quantity.inner and quantity.inner.averages))
         columns.append(reduced(bound.values[None], how, coordinate)[0][0] if usable else unknown)
     return (*columns, places)
-
-
-def image_means(values: np.ndarray) -> np.ndarray:
-    """Means over images without NaN, and without numpy's warning for rows that have nothing else."""
-    present = ~np.isnan(values)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return np.where(present, values, 0.0).sum(axis=0) / present.sum(axis=0)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probekit.findings.curves import Curves, image_means
+from probekit.findings.curves import Curves
 from probekit.findings.finding import NAN, Effect, NotMeasured
 from probekit.findings.spans import Over, Peak
 from probekit.names import quoted
-from probekit.summaries import LEVEL, RESAMPLES, resampled_means
+from probekit.summaries import LEVEL, RESAMPLES, mean_of, resampled_means
 
 FEWEST = 10
 """Fewer images give no interval: a percentile bootstrap of less promises more than it keeps."""
@@ -94,7 +94,7 @@ def _over_images(
     means, draws = [], []
     for each in curves:
         values = _of_images(each, common)
-        means.append(over.read(image_means(values), each.place))
+        means.append(over.read(mean_of(values, 0), each.place))
         draws.append(over.read(_resampled(each, common, seed), each.place))
     value = float(summed(np.array(means, dtype=np.float64)))
     if len(common) < FEWEST:

@@ -13,7 +13,7 @@ from torch import Tensor
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Row, Traces
 from probekit.metrics.choosing import evenly
-from probekit.metrics.depth import depth_curve
+from probekit.metrics.depth import depth_curve, image_coordinate
 from probekit.summaries import layer_coordinates, result_attributes
 
 if TYPE_CHECKING:
@@ -140,7 +140,7 @@ class AttentionMaps(Metric):
         coordinates = {
             **layer_coordinates(traces.rows),
             "query": xr.Variable(("query",), np.array(QUERIES)),
-            "image": xr.Variable(("image",), np.array(list(traces.images), dtype=np.str_)),
+            "image": image_coordinate(traces),
         }
         for axis in ("key_row", "key_col"):
             if axis in traces.constants:

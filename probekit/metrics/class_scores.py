@@ -10,6 +10,7 @@ import xarray as xr
 from torch import Tensor
 
 from probekit.metric import Metric, Traces
+from probekit.metrics.depth import depth_curve
 from probekit.summaries import layer_coordinates, result_attributes, summary
 
 if TYPE_CHECKING:
@@ -43,9 +44,15 @@ class ClassScores(Metric):
         """`class_scores` (layer, class), means over images, and the confidence as its curve (layer)."""
         values = np.asarray(traces["class_scores"], dtype=np.float64)
         curve = summary(np.exp(values.max(-1)), traces.seed)
-        variables = {"class_scores": (("layer", "class"), values.mean(0), {"units": "nats", "role": "mean"})}
-        for suffix, part in (("", "mean"), ("_low", "low"), ("_high", "high")):
-            reduced = "probability of the most probable class"
-            attrs = {"units": "1", "role": f"curve{suffix}", "reduced": reduced}
-            variables[f"class_scores_curve{suffix}"] = (("layer",), curve[part], attrs)
+        variables = {
+            "class_scores": (("layer", "class"), values.mean(0), {"units": "nats", "role": "mean"}),
+            **depth_curve(
+                self.name,
+                curve["mean"],
+                curve["low"],
+                curve["high"],
+                units="1",
+                reduced="probability of the most probable class",
+            ),
+        }
         return xr.Dataset(variables, layer_coordinates(traces.rows), result_attributes(self, traces))

@@ -1,4 +1,4 @@
-"""What metrics with a `summarize` of their own share: the depth curve, and which row is the last layer."""
+"""What metrics with a `summarize` of their own share: depth curve, image ids, which row is the last layer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 import xarray as xr
 
-from probekit.metric import Row
+from probekit.metric import Row, Traces
 
 
 def depth_curve(
@@ -32,6 +32,11 @@ def depth_curve(
         )
         for end, column in columns.items()
     }
+
+
+def image_coordinate(traces: Traces) -> xr.Variable:
+    """The images' ids, for results that keep something of each."""
+    return xr.Variable(("image",), np.array(list(traces.images), dtype=np.str_))
 
 
 def last_layer(rows: Sequence[Row]) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Traces
+from probekit.metrics.depth import depth_curve
 from probekit.summaries import layer_coordinates, result_attributes, summary
 
 if TYPE_CHECKING:
@@ -70,8 +71,8 @@ class Features(Metric):
             axis=1,
         )
         curve = summary(sizes, traces.seed)
-        variables = {"features": (("layer", "channel"), means, {"units": "1", "role": "mean"})}
-        for suffix, part in (("", "mean"), ("_low", "low"), ("_high", "high")):
-            attrs = {"units": "1", "role": f"curve{suffix}"}
-            variables[f"features_curve{suffix}"] = (("layer",), curve[part], attrs)
+        variables = {
+            "features": (("layer", "channel"), means, {"units": "1", "role": "mean"}),
+            **depth_curve(self.name, curve["mean"], curve["low"], curve["high"], units="1"),
+        }
         return xr.Dataset(variables, layer_coordinates(traces.rows), result_attributes(self, traces))

@@ -10,13 +10,13 @@ import xarray as xr
 from probekit.datasets.noise import BandNoise
 from probekit.errors import MetricError, UsageError
 from probekit.metric import Row, Traces, Variation
+from probekit.metrics.depth import depth_curve, image_coordinate
 from probekit.metrics.readout import (
     Readout,
     baseline,
     best_constant,
     chosen,
     dataset,
-    image_coordinate,
     numbers,
     share,
 )
@@ -100,12 +100,13 @@ class FrequencyRobustness(Readout):
         )
         found[self.name].attrs |= {"picture": "profile", "long_name": "accuracy lost to noise of each band"}
         line = per_image[:, :, high].mean(2)
-        ends = bootstrap_interval(line, traces.seed)
-        attrs = {"units": "percentage points", "reduced": f"mean over bands above {_HIGH:g} pi"}
-        for suffix, values in (("", line.mean(0)), ("_low", ends[0]), ("_high", ends[1])):
-            found[f"{self.name}_curve{suffix}"] = xr.Variable(
-                ("layer",), values, {**attrs, "role": f"curve{suffix}"}
-            )
+        found |= depth_curve(
+            self.name,
+            line.mean(0),
+            *bootstrap_interval(line, traces.seed),
+            units="percentage points",
+            reduced=f"mean over bands above {_HIGH:g} pi",
+        )
         size = _input_size(heads.rows)
         floor = best_constant(traces.labels, heads.known)
         variables = {

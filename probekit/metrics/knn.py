@@ -12,7 +12,7 @@ from torch import Tensor
 from probekit.attention import exact_float32
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Traces
-from probekit.metrics.depth import depth_curve
+from probekit.metrics.depth import depth_curve, image_coordinate
 from probekit.metrics.pooled import between_layers, pooled, source
 from probekit.metrics.readout import wilson
 from probekit.summaries import layer_coordinates, result_attributes
@@ -93,7 +93,7 @@ class KNN(Metric):
         coordinates = {
             **layer_coordinates([traces.rows[row] for row in rows]),
             "k": xr.Variable(("k",), np.array(ks)),
-            "image": xr.Variable(("image",), np.array(list(traces.images), dtype=np.str_)),
+            "image": image_coordinate(traces),
         }
         attrs = {
             **result_attributes(self, traces),

@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from probekit.metric import Traces
+from probekit.metrics.depth import image_coordinate
 from probekit.metrics.readout import (
     WILSON,
     Readout,
@@ -14,7 +15,6 @@ from probekit.metrics.readout import (
     chosen,
     class_names,
     dataset,
-    image_coordinate,
     share,
 )
 

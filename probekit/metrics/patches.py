@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from probekit.summaries import LEVEL, RESAMPLES
+from probekit.summaries import LEVEL, resampled_weights
 
 Grid = tuple[int, int]
-
-_WEIGHTS = 2**20  # bootstrap weights in memory at once (8 MB)
 
 
 def sampled(grid: Grid, tokens: int) -> np.ndarray:
@@ -135,14 +133,11 @@ def resampled(
     images = len(tallies)
     if images < 2:
         return np.nan, np.nan
-    generator = np.random.Generator(np.random.PCG64(seed))
-    flat, found = tallies.reshape(images, -1).astype(np.float64), []
-    height = max(1, min(RESAMPLES, _WEIGHTS // images))
-    for start in range(0, RESAMPLES, height):
-        count = min(height, RESAMPLES - start)
-        drawn = generator.integers(0, images, size=(count, images)) + images * np.arange(count)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=count * images).reshape(count, images)
-        found.append(statistic((weights.astype(np.float64) @ flat).reshape(count, *tallies.shape[1:])))
+    flat = tallies.reshape(images, -1).astype(np.float64)
+    found = [
+        statistic((weights @ flat).reshape(-1, *tallies.shape[1:]))
+        for weights in resampled_weights(images, seed)
+    ]
     tail = (1 - LEVEL) / 2
     low, high = np.nanquantile(np.concatenate(found), [tail, 1 - tail])
     return float(low), float(high)

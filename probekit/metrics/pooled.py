@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Traces
 
-POOLS = {"mean": "features", "cls": "features:pool=cls"}
+POOLS = {"mean": "features", "cls": "features:pool=cls", "both": "features:pool=both"}
 """A metric's option ``pool`` and the source it stands for."""
 
 
-def source(pool: str) -> str:
-    """The metric whose traces hold features pooled so. Raises `UsageError` for an unknown `pool`."""
-    if pool not in POOLS:
+def source(pool: str, allowed: Collection[str] = ("mean", "cls")) -> str:
+    """The metric whose traces hold features pooled so. Raises `UsageError` for a `pool` not `allowed`."""
+    if pool not in allowed:
         raise UsageError(
-            f"pool is 'mean' or 'cls', not '{pool}'", hint="mean: of patch tokens; cls: the class token"
+            f"pool is one of {', '.join(map(repr, allowed))}, not '{pool}'",
+            hint="mean: of patch tokens; cls: the class token",
         )
     return POOLS[pool]
 

@@ -12,10 +12,11 @@ from scipy.special import ndtri
 
 from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.metric import Metric, Row, Traces
+from probekit.metrics.depth import depth_curve
+from probekit.metrics.pooled import POOLS, source
 from probekit.metrics.probing import GRADIENT, L2_GRID, LR_GRID, Probe, Recipe, fit_many
 from probekit.summaries import LEVEL, layer_coordinates, result_attributes
 
-SOURCES = {"mean": "features", "cls": "features:pool=cls", "both": "features:pool=both"}
 POOLED = {
     "mean": "mean of the patch tokens",
     "cls": "class token",
@@ -86,9 +87,8 @@ class Readout(Metric):
         sites: str = "out",
     ):
         super().__init__(pool=pool, norm=norm, solver=solver, l2=l2, lr=lr, sites=sites, **(own or {}))
-        _among("pool", pool, SOURCES)
         _among("sites", sites, ("out", "all"))
-        self.source = SOURCES[pool]
+        self.source = source(pool, POOLS)
         self.sites = {"embed", "out"} | ({"mid"} if sites == "all" else set())
         self.recipe = recipe(norm, solver, l2, lr)
         self.conventions = {
@@ -188,10 +188,6 @@ def class_names(traces: Traces) -> np.ndarray:
     return np.array(traces.classes or [str(i) for i in range(classes_of(traces))], dtype=np.str_)
 
 
-def image_coordinate(traces: Traces) -> xr.Variable:
-    return xr.Variable(("image",), np.array(traces.images, dtype=np.str_))
-
-
 def best_constant(labels: Sequence[int], known: Sequence[int], k: int = 1) -> float:
     """Chance: the share in % of the labels that the best `k` constant answers among `known` give."""
     counts = np.bincount(np.asarray(labels), minlength=int(np.max(known)) + 1)[np.asarray(known)]
@@ -240,16 +236,11 @@ def numbers(
         "_low": (low, "low"),
         "_high": (high, "high"),
     }
-    if dims == ("layer",):
-        made |= {
-            "_curve": (found, "curve"),
-            "_curve_low": (low, "curve_low"),
-            "_curve_high": (high, "curve_high"),
-        }
-    return {
+    variables = {
         f"{name}{suffix}": xr.Variable(dims, np.asarray(v, dtype=np.float64), {"units": units, "role": role})
         for suffix, (v, role) in made.items()
     }
+    return variables | (depth_curve(name, found, low, high, units=units) if dims == ("layer",) else {})
 
 
 def baseline(value: float | np.ndarray, rows: int, units: str = "%") -> xr.Variable:

@@ -11,13 +11,13 @@ import xarray as xr
 
 from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.metric import Traces, Variation
+from probekit.metrics.depth import image_coordinate
 from probekit.metrics.readout import (
     Readout,
     baseline,
     best_constant,
     chosen,
     dataset,
-    image_coordinate,
     numbers,
     share,
 )

@@ -10,6 +10,7 @@ import xarray as xr
 
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Row, Traces
+from probekit.metrics.depth import image_coordinate
 from probekit.metrics.readout import (
     WILSON,
     Readout,
@@ -17,7 +18,6 @@ from probekit.metrics.readout import (
     chosen,
     class_names,
     dataset,
-    image_coordinate,
     numbers,
     share,
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Row, Traces
 from probekit.metrics.choosing import of_classes
-from probekit.metrics.depth import depth_curve, last_layer
+from probekit.metrics.depth import depth_curve, image_coordinate, last_layer
 from probekit.summaries import layer_coordinates, result_attributes
 
 if TYPE_CHECKING:
@@ -138,9 +138,7 @@ class TokenEmbedding(Metric):
         }
         points = _two_dimensions(flat, self.method, traces.seed)
         variables["coordinates"] = xr.Variable(("layer", "token", "axis2"), points[None], picture)
-        variables["token_image"] = xr.Variable(
-            ("token",), np.array(list(traces.images), dtype=np.str_)[image]
-        )
+        variables["token_image"] = xr.Variable(("token",), image_coordinate(traces).values[image])
         names = traces.classes or [str(number) for number in range(labels.max() + 1)]
         variables["token_class"] = xr.Variable(("token",), np.array([names[number] for number in label]))
         attrs = {**result_attributes(self, traces), "interval": "none"}

@@ -14,7 +14,7 @@ from torch import Tensor
 from probekit.errors import UsageError
 from probekit.metric import Metric, Traces
 from probekit.metrics.choosing import evenly
-from probekit.metrics.depth import depth_curve
+from probekit.metrics.depth import depth_curve, image_coordinate
 from probekit.metrics.token_translation import translation
 from probekit.summaries import layer_coordinates, result_attributes
 
@@ -121,7 +121,7 @@ class TokenScatter(Metric):
             variables[f"centre_{name}"] = xr.Variable(("layer", "image", "axis3"), centres[end], picture)
         coordinates = {
             **layer_coordinates(traces.rows),
-            "image": xr.Variable(("image",), np.array(list(traces.images), dtype=np.str_)),
+            "image": image_coordinate(traces),
         }
         return xr.Dataset(variables, coordinates, {**result_attributes(self, traces), "interval": "none"})
 
