@@ -12,6 +12,7 @@ from torch import Tensor
 
 from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.metric import Metric, Row, Traces
+from probekit.metrics.depth import image_coordinate
 from probekit.metrics.patches import iou, mean_iou, patches, pixel_accuracy, resampled, sampled, tally
 from probekit.metrics.probing import Probe, fit_many
 from probekit.metrics.readout import (
@@ -19,7 +20,6 @@ from probekit.metrics.readout import (
     baseline,
     chosen,
     dataset,
-    image_coordinate,
     numbers,
     recipe,
     recipe_conventions,
@@ -59,7 +59,7 @@ class SegmentationProbe(Metric):
 
     def __init__(
         self,
-        tokens: int = 8,
+        tokens: int = 4,
         norm: str = "bn",
         solver: str = "lbfgs",
         l2: str | float = "",

@@ -211,7 +211,7 @@ METRICS = [
         name="segmentation_probe",
         summary="mean IoU of a linear classifier of patch tokens",
         target="probekit.metrics.segmentation_probe:SegmentationProbe",
-        options={"tokens": Option(default=8, help="patches kept of each image"), **_PROBE},
+        options={"tokens": Option(default=4, help="patches kept of each image"), **_PROBE},
         citation=_PARK,
         figure="Table G.1",
     ),
