@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Objective = Literal["CL", "MIM", "supervised", "hybrid", "other"]
+Objective = Literal["CL", "MIM", "supervised", "hybrid", "untrained", "other"]
 
 _TARGET = r"^[A-Za-z_][\w.]*:[A-Za-z_][\w.]*$"
 
@@ -144,6 +144,49 @@ class ModelSpec(Spec):
     @property
     def full_name(self) -> str:
         return f"{self.name}:{self.variant}" if self.variant else self.name
+
+
+def miniature(
+    name: str,
+    method: str,
+    *,
+    bundled: str,
+    objective: Objective,
+    citation: str = "",
+    published_as: str | None = None,
+    convert: str = "probekit.models.timm:fit_grid",
+    ignore: tuple[str, ...] = (),
+    **changes: Any,
+) -> ModelSpec:
+    """A pack's bundled miniature, ``NAME:mini``, which the bare name then means.
+
+    method:       what it was trained with, for the summary
+    bundled:      its file, ``"package:file"``, in float16 as `probekit pretrain --half` writes it
+    published_as: the variant it stands for
+    convert, ignore: the layout's
+    changes:      other fields of the spec, such as `target` for another network than the common one
+    """
+    return ModelSpec(
+        **{
+            "name": name,
+            "variant": "mini",
+            "summary": f"bundled miniature of {method} (ViT, 12 layers, 1.3 M), trained on shapetex",
+            "target": "probekit.models.miniature:build",
+            "citation": citation,
+            "objective": objective,
+            "weights": Weights(
+                bundled=bundled,
+                licence="Apache-2.0",
+                layout=Layout(name=f"miniature of {method}", ignore=ignore, convert=convert),
+            ),
+            "preprocessing": Preprocessing(size=(64, 64), crop_pct=1.0),
+            "heads": 3,
+            "layers": 12,
+            "default": True,
+            "published_as": published_as,
+            **changes,
+        }
+    )
 
 
 class MetricSpec(Spec):

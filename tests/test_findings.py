@@ -948,6 +948,38 @@ def test_json_and_markdown(shown, cli):
     assert cli("findings", shown.path, "--dataset", "other")[0] == 2
 
 
+def test_bundled_miniatures_show_a_claim_or_not_and_no_more(tmp_path, cli):
+    """What a miniature does is never printed as if it were the paper's result."""
+    bundled = {"weights": {"kind": "bundled"}}
+    run = make(
+        tmp_path,
+        {
+            "moco:mini": {"nmi": curves(LOW)},
+            MIM: {"nmi": curves(HIGH)},
+            "untrained:mini": {"nmi": curves(HIGH, seed=1)},
+        },
+        about={"moco:mini": bundled, "untrained:mini": {**bundled, "objective": "untrained"}},
+    )
+    found = verdict(run, claim(higher="MIM", than="CL", attributed="CL"))
+    assert found.status == "holds" and found.baselines[0].model == "untrained:mini"
+    code, out, _ = cli("--no-plugins", "findings", run.path)
+    flat = " ".join(out.split())
+    assert (
+        code == 0
+        and "nothing for or against the paper's models" in flat
+        and "moco:mini, untrained:mini" in flat
+    )
+    assert (
+        re.search(r"^nmi-collapses +seen ", out, re.MULTILINE) and "holds " not in out.partition("note:")[0]
+    )
+    table = cli("--no-plugins", "findings", run.path, "--format", "md")[1]
+    assert "| seen |" in table and "| holds |" not in table
+    assert ">seen<" in page(run) and ">holds<" not in page(run)
+    other = make(tmp_path / "other", {CL: {"nmi": curves(LOW)}, MIM: {"nmi": curves(HIGH)}})
+    text = cli("--no-plugins", "findings", other.path)[1]
+    assert "bundled miniatures" not in text and re.search(r"^nmi-collapses +holds ", text, re.MULTILINE)
+
+
 def test_seeds_from_the_command_line(tmp_path, cli):
     run = make(tmp_path, {**seeds([0.1, 0.15, 0.2]), MIM: {"nmi": curves([0.9] * 6)}})
     command = ("--no-plugins", "findings", run.path, "--group", ",".join(SEEDS))

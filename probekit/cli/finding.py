@@ -106,7 +106,7 @@ def _print_lines(lines: Sequence[Line]) -> None:
     _print_cells(("claim", "verdict", "effect [95 %]", "untrained"), sizes)
     for line in lines:
         baseline = line.baseline.replace("; beyond it by ", "\nbeyond by ")
-        cells = (line.name, line.status, line.effect.replace(" [", "\n["), baseline.replace(" [", "\n["))
+        cells = (line.name, line.verdict, line.effect.replace(" [", "\n["), baseline.replace(" [", "\n["))
         _print_cells((f"{cells[0]}\n{line.claim}".strip(), *cells[1:]), sizes)
         about = "; ".join(text for text in (line.models, line.layers) if text)
         _say(f"{about}: {line.reason}" if about else line.reason, 4)

@@ -23,14 +23,17 @@ if TYPE_CHECKING:
 class Subject:
     """What a claim compares: a model, or several trainings of one.
 
-    objective: ``CL``, ``MIM``, ``supervised``, ``hybrid`` or ``other``; empty before its cell has begun
-    untrained: its weights are random
+    objective: ``CL``, ``MIM``, ``supervised``, ``hybrid``, ``untrained`` or ``other``; empty before its cell
+               has begun
+    untrained: its weights are random, drawn for the run or bundled
+    miniature: it is one of a pack's bundled miniatures
     """
 
     name: str
     models: tuple[str, ...]
     objective: str
     untrained: bool
+    miniature: bool = False
 
 
 class Evidence:
@@ -61,8 +64,10 @@ class Evidence:
         except StoreError:
             about = {}  # its curves say what is wrong
         self._captured |= bool(about.get("capture"))
-        untrained = _weights(about).get("kind") == "random"
-        return Subject(model, (model,), str(about.get("objective", "")), untrained)
+        objective = str(about.get("objective", ""))
+        kind = _weights(about).get("kind")
+        untrained = kind == "random" or objective == "untrained"
+        return Subject(model, (model,), objective, untrained, kind == "bundled")
 
     @property
     def grouped(self) -> bool:
@@ -204,7 +209,11 @@ def _grouped(singles: Sequence[Subject], groups: Iterable[Sequence[str]]) -> lis
         families = {_family(m) for m in members}
         title = families.pop() if len(families) == 1 else members[0]
         subject = Subject(
-            f"{title} ({len(members)} trainings)", tuple(members), found[0].objective, found[0].untrained
+            f"{title} ({len(members)} trainings)",
+            tuple(members),
+            found[0].objective,
+            found[0].untrained,
+            any(s.miniature for s in found),
         )
         taken |= dict.fromkeys(members, subject)
     return list(dict.fromkeys(taken.get(single.name, single) for single in singles))

@@ -25,10 +25,10 @@ from probekit.specs import ModelSpec, Preprocessing, Weights
 class WeightsIdentity:
     """What weights a model has, so that results computed with others are never taken for its own.
 
-    kind:   "file" (a checkpoint; `sha256` is the file's), "random", "hub" (fetched by timm or
-            transformers) or "module" (came with a module from Python); for the last three `sha256` is
-            that of the state dict, see `state_sha256`
-    source: the path, address, repository or seed
+    kind:   "file" (a checkpoint; `sha256` is the file's), "bundled" (one that comes with the pack),
+            "random", "hub" (fetched by timm or transformers) or "module" (came with a module from Python);
+            for the last three `sha256` is that of the state dict, see `state_sha256`
+    source: the path, address, ``package:file``, repository or seed
     note:   how the file's keys were accounted for
     """
 
@@ -161,7 +161,9 @@ def load_entry(
         kind = "random" if weights == "random" else "module" if own else "hub"
         source = {"random": f"seed {seed}", "hub": variant, "module": name}[kind] if not digest else source
         sha = digest or state_sha256(model.module)
-        model.weights = WeightsIdentity("file" if digest else kind, source, sha, str(model.accounting or ""))
+        if digest:
+            kind = "bundled" if spec.weights and source == spec.weights.bundled else "file"
+        model.weights = WeightsIdentity(kind, source, sha, str(model.accounting or ""))
     preprocessing = model.preprocessing or spec.preprocessing
     return replace(model, preprocessing=_resized(preprocessing, image_size), name=name, spec=spec)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Line:
-    """One row of the table: a finding, or under it a combination of models."""
+    """One row of the table: a finding, or under it a combination of models.
+
+    verdict: the status in words; of bundled miniatures, whether the claim is "seen" in them
+    """
 
     name: str
     claim: str
     models: str
     layers: str
     status: str
+    verdict: str
     effect: str
     baseline: str
     reason: str
@@ -79,37 +83,44 @@ def tables(
     for dataset in datasets or run.datasets:
         evidence = Evidence(run, dataset, groups, folder)
         tested = test_all(evidence, named)
+        miniatures = {s.name for s in evidence.subjects if s.miniature}
         absent = [t for t in tested if t.verdict.status == "not measured" and not t.verdict.effect]
         metrics = dict.fromkeys(name for t in absent if not t.failure for name in t.verdict.missing)
         found.append(
             Tables(
                 dataset,
                 tuple(tested),
-                tuple(line for t in tested if t not in absent for line in _lines(t)),
+                tuple(line for t in tested if t not in absent for line in _lines(t, miniatures)),
                 tuple(_missing(absent)),
                 evidence.command(*metrics) if metrics else "",
                 tuple(t.name for t in tested if t.failure),
-                tuple(_notes(tested)),
+                tuple(_notes(tested, miniatures)),
                 tuple(fingerprint(evidence, findings)),
             )
         )
     return found
 
 
-def _lines(tested: Tested) -> Iterator[Line]:
+def _lines(tested: Tested, miniatures: Collection[str]) -> Iterator[Line]:
     verdict = tested.verdict
-    yield _line(tested.name, tested.claim, verdict)
+    yield _line(tested.name, tested.claim, verdict, miniatures)
     for part in verdict.parts:
-        yield _line("", "", part)
+        yield _line("", "", part, miniatures)
 
 
-def _line(name: str, claim: str, verdict: Verdict) -> Line:
+_OF_MINIATURES = {"holds": "seen", "does not hold": "not seen"}
+
+
+def _line(name: str, claim: str, verdict: Verdict, miniatures: Collection[str]) -> Line:
+    models = {model for part in (verdict, *verdict.parts) for model in part.models}
+    said = _OF_MINIATURES if not models.isdisjoint(miniatures) else {}
     return Line(
         name,
         claim,
         ", ".join(verdict.models),
         verdict.layers,
         verdict.status,
+        said.get(verdict.status, verdict.status),
         effect_text(verdict.effect),
         baseline_text(verdict.baseline),
         verdict.reason,
@@ -128,11 +139,17 @@ def _missing(absent: Sequence[Tested]) -> Iterator[Missing]:
         yield Missing(tuple(each), reason, hints.get(reason, ""))
 
 
-def _notes(tested: Sequence[Tested]) -> Iterator[str]:
+def _notes(tested: Sequence[Tested], miniatures: Collection[str]) -> Iterator[str]:
     """What every reader of the table must know."""
     verdicts = [v for t in tested for v in (t.verdict, *t.verdict.parts) if v.effect]
     if not verdicts:
         return
+    if miniatures:
+        yield (
+            f"{', '.join(sorted(miniatures))}: bundled miniatures, tiny networks trained for about an hour "
+            "on drawn images. A claim is seen or not seen in these miniatures; that says nothing for or "
+            "against the paper's models."
+        )
     counts: dict[str, set[int]] = {}
     for verdict in verdicts:
         counts.setdefault(verdict.effect.over, set()).add(verdict.effect.count)
@@ -219,7 +236,7 @@ def markdown(found: Sequence[Tables]) -> str:
         blocks.append(f"## Findings on {_cell(each.dataset)}")
         if each.lines:
             rows = [
-                (_cell_of_claim(line), line.status, _cell(line.effect), _cell(line.baseline))
+                (_cell_of_claim(line), line.verdict, _cell(line.effect), _cell(line.baseline))
                 for line in each.lines
             ]
             blocks.append(_grid(("claim", "verdict", "effect [95 %]", "untrained"), rows))
