@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from probekit.errors import DoesNotApply, MetricError
-from probekit.metrics.solvers import descend, minimum
+from probekit.metrics.solvers import Logistic, descend
 
 L2_GRID = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)
 LR_GRID = (0.01, 0.1, 1.0)
@@ -231,7 +231,7 @@ def _lbfgs(features: Sequence[np.ndarray], task: _Task, held: np.ndarray | None)
         if held is not None:
             l2, start = _chosen_l2(x, targets, task, held, start)
         z, centre, scale = _normalised(x, task.recipe.norm)
-        theta, gradient = minimum(_to(z, task), targets, task.classes, l2, start, GRADIENT)
+        theta, gradient = Logistic(_to(z, task), targets, task.classes).minimum(l2, start, GRADIENT)
         weights = theta.reshape(task.classes, -1)
         yield _Solved(weights[:, :-1].T.copy(), weights[:, -1].copy(), centre, scale, l2, math.nan, gradient)
 
@@ -243,9 +243,10 @@ def _chosen_l2(
     z, centre, scale = _normalised(x[~held], task.recipe.norm)
     z, out = _to(z, task), _to(_apply(x[held], task.recipe.norm, centre, scale), task)
     kept = torch.from_numpy(~held).to(task.device)
+    loss = Logistic(z, targets[kept], task.classes)
     best: tuple[tuple[float, float], float, np.ndarray] | None = None
     for l2 in L2_GRID:
-        start, _ = minimum(z, targets[kept], task.classes, l2, start, _ROUGH)
+        start, _ = loss.minimum(l2, start, _ROUGH)
         w = torch.from_numpy(start).to(task.device).view(task.classes, -1)
         score = _score(torch.addmm(w[:, -1], out, w[:, :-1].T), targets[~kept])
         if best is None or score > best[0]:

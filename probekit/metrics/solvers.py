@@ -14,68 +14,70 @@ from probekit.attention import exact_float32
 _OPTIONS = {"maxiter": 5000, "maxfun": 10_000, "ftol": 0.0, "maxcor": 20}
 
 
-def minimum(
-    x: Tensor, targets: Tensor, classes: int, l2: float, start: np.ndarray, gradient: float
-) -> tuple[np.ndarray, float]:
-    """The minimiser of the mean cross-entropy + l2/2 |W|^2, by L-BFGS from `start`.
+class Logistic:
+    """The mean cross-entropy of a linear classifier of one set of features, to be minimised by L-BFGS.
 
-    x (n, C) float64, targets (n,) below `classes` -> (classes * (C + 1),), each class's weights, then its
-    bias, which isn't penalised; and the largest element of the gradient there, below `gradient` unless
-    float64 or 5000 iterations end before.
+    x (n, C) float64, targets (n,) below `classes`
 
     Channels of one layer are so alike that the plain problem takes hundreds of steps. It is solved along the
     principal axes of `x`, each in a unit in which the loss is about equally curved: a change of variables,
     so that the minimiser is the same, found in a tenth of the steps.
     """
-    width = x.shape[1]
-    axes, unit = _axes(x, classes, l2)
-    along = (x @ axes).mul_(unit[:-1])
-    decay = l2 * unit[:-1].square()
-    rows = torch.arange(len(x), device=x.device)
 
-    def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
-        w = torch.from_numpy(theta).to(x.device).view(classes, -1)
-        z = torch.addmm(w[:, -1] * unit[-1], along, w[:, :-1].T)
-        total = z.logsumexp(1)
-        loss = (total - z[rows, targets]).mean() + (decay / 2 * w[:, :-1].square()).sum()
-        z.sub_(total[:, None]).exp_()
-        z[rows, targets] -= 1
-        z /= len(x)
-        slope = torch.cat([z.T @ along + decay * w[:, :-1], (z.sum(0) * unit[-1])[:, None]], 1)
-        return loss.item(), slope.cpu().numpy().ravel()
+    def __init__(self, x: Tensor, targets: Tensor, classes: int) -> None:
+        self.targets, self.classes = targets, classes
+        spread, self.axes = torch.linalg.eigh(x.T @ x / len(x))  # axes in columns
+        self.spread = torch.cat([spread.clamp(min=0), spread.new_ones(1)])  # the last is the bias'
+        self.x = x @ self.axes
+        self.rows = torch.arange(len(x), device=x.device)
 
-    def turned(values: np.ndarray, each: Tensor) -> Tensor:
-        """(classes, C + 1) times `each`, back from the principal axes."""
-        w = torch.from_numpy(values).to(x.device).view(classes, -1) * each
-        return torch.cat([w[:, :-1] @ axes.T, w[:, -1:]], 1)
+    def minimum(self, l2: float, start: np.ndarray, gradient: float) -> tuple[np.ndarray, float]:
+        """The minimiser of the loss + l2/2 |W|^2, from `start`.
 
-    w = torch.from_numpy(start).to(x.device).view(classes, -1)
-    begin = torch.cat([w[:, :-1] @ axes, w[:, -1:]], 1) / unit
-    theta, slope = begin.cpu().numpy().ravel(), math.inf
-    # No unit is below 1, so a slope is no steeper in the old variables, but for the turn of the axes: by the
-    # root of their number at most.
-    for tolerance in (gradient, gradient / math.sqrt(width + 1)):
-        if slope > gradient:
-            found = minimize(
-                objective,
-                theta,
-                jac=True,
-                method="L-BFGS-B",
-                options={**_OPTIONS, "gtol": tolerance},
-            )
-            theta, slope = found.x, turned(found.jac, 1 / unit).abs().max().item()
-    return turned(theta, unit).cpu().numpy().ravel(), slope
+        (classes * (C + 1),), each class's weights, then its bias, which isn't penalised; and the largest
+        element of the gradient there, below `gradient` unless float64 or 5000 iterations end before.
+        """
+        unit = self._unit(l2)
 
+        def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
+            w = self._each(theta, unit)
+            z = torch.addmm(w[:, -1], self.x, w[:, :-1].T)
+            total = z.logsumexp(1)
+            loss = (total - z[self.rows, self.targets]).mean() + l2 / 2 * w[:, :-1].square().sum()
+            z.sub_(total[:, None]).exp_()
+            z[self.rows, self.targets] -= 1
+            z /= len(self.x)
+            slope = torch.cat([z.T @ self.x + l2 * w[:, :-1], z.sum(0)[:, None]], 1) * unit
+            return loss.item(), slope.cpu().numpy().ravel()
 
-def _axes(x: Tensor, classes: int, l2: float) -> tuple[Tensor, Tensor]:
-    """Principal axes of x (n, C) in columns, (C, C), and the unit along each and of the bias, (C + 1,), from
-    the curvature of the loss where all classes are equally likely. The smallest unit is 1."""
-    spread, axes = torch.linalg.eigh(x.T @ x / len(x))
-    spread = torch.cat([spread.clamp(min=0), spread.new_ones(1)])
-    curvature = spread * (classes - 1) / classes**2
-    curvature[:-1] += l2
-    curvature.clamp_(min=1e-12 * curvature.max())
-    return axes, (curvature.max() / curvature).sqrt()
+        theta, slope = self._turned(self._each(start, 1), self.axes) / unit, math.inf
+        theta = theta.cpu().numpy().ravel()
+        # No unit is below 1, so a slope is no steeper in the old variables, but for the turn of the axes: by
+        # the root of their number at most.
+        for tolerance in (gradient, gradient / math.sqrt(len(unit))):
+            if slope > gradient:
+                options = {**_OPTIONS, "gtol": tolerance}
+                found = minimize(objective, theta, jac=True, method="L-BFGS-B", options=options)
+                theta = found.x
+                slope = self._turned(self._each(found.jac, 1 / unit), self.axes.T).abs().max().item()
+        return self._turned(self._each(theta, unit), self.axes.T).cpu().numpy().ravel(), slope
+
+    def _unit(self, l2: float) -> Tensor:
+        """Of each axis and of the bias, (C + 1,), by the loss' curvature where all classes are equally
+        likely; the smallest is 1."""
+        curvature = self.spread * (self.classes - 1) / self.classes**2
+        curvature[:-1] += l2
+        curvature.clamp_(min=1e-12 * curvature.max())
+        return (curvature.max() / curvature).sqrt()
+
+    def _each(self, values: np.ndarray, factor: Tensor | float) -> Tensor:
+        """(classes, C + 1), times a factor for each column."""
+        return torch.from_numpy(values).to(self.x.device).view(self.classes, -1) * factor
+
+    @staticmethod
+    def _turned(values: Tensor, axes: Tensor) -> Tensor:
+        """Each class's weights on other axes; its bias stays."""
+        return torch.cat([values[:, :-1] @ axes, values[:, -1:]], 1)
 
 
 def descend(
