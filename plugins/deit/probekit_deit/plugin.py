@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probekit.hookspecs import hookimpl
-from probekit.specs import Layout, ModelSpec, Preprocessing, Weights
+from probekit.specs import Layout, ModelSpec, Preprocessing, Weights, miniature
 
 PROBEKIT_API = 1
 
@@ -69,7 +69,6 @@ def _deit(size: str, distilled: bool) -> ModelSpec:
         size,
         f"{name}-{_ENDINGS[size][distilled]}.pth",
         summary=f"DeiT-{size.title()}/16, supervised{' and distilled: 2 prefix tokens' if distilled else ''}",
-        default=size == "b" and not distilled,
     )
 
 
@@ -104,6 +103,14 @@ def _augreg(size: str) -> ModelSpec:
 @hookimpl
 def probekit_models() -> list[ModelSpec]:
     return [
+        miniature(
+            "deit",
+            "supervised training",
+            bundled="probekit_deit:miniature.safetensors",
+            objective="supervised",
+            ignore=("head.*",),
+            published_as="vit-b16",
+        ),
         *(_deit(size, distilled) for distilled in (False, True) for size in ("ti", "s", "b")),
         *(_deit3(size, wide) for wide in (False, True) for size in ("s", "b", "l")),
         *(_augreg(size) for size in _SIZES),

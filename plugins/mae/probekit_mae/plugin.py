@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probekit.hookspecs import hookimpl
-from probekit.specs import Layout, ModelSpec, Option, Preprocessing, Weights
+from probekit.specs import Layout, ModelSpec, Option, Preprocessing, Weights, miniature
 
 PROBEKIT_API = 1
 
@@ -95,31 +95,22 @@ def _family(variant: str, file: str, title: str, layers: int, heads: int) -> lis
     ]
 
 
-def _miniature() -> ModelSpec:
-    return ModelSpec(
-        name="mae",
-        variant="mini",
-        summary="bundled miniature of MAE with its decoder (12 + 2 layers, 1.5 M), trained on shapetex",
-        target="probekit_mae.models:build_miniature",
-        options=_MASKING,
-        citation=_CITATION,
-        objective="MIM",
-        weights=Weights(
-            bundled="probekit_mae:miniature.safetensors",
-            licence="Apache-2.0",
-            layout=_layout("miniature of MAE"),
-        ),
-        preprocessing=Preprocessing(size=(64, 64), crop_pct=1.0),
-        layers=12,
-        default=True,
-        published_as="vit-b16-full",
-    )
-
-
 @hookimpl
 def probekit_models() -> list[ModelSpec]:
     return [
-        _miniature(),
+        miniature(
+            "mae",
+            "MAE",
+            bundled="probekit_mae:miniature.safetensors",
+            objective="MIM",
+            citation=_CITATION,
+            published_as="vit-b16-full",
+            convert="probekit_mae.models:fit",
+            summary="bundled miniature of MAE with its decoder (12 + 2 layers, 1.5 M), trained on shapetex",
+            target="probekit_mae.models:build_miniature",
+            options=_MASKING,
+            heads=None,
+        ),
         *_family("vit-b16", "vit_base", "ViT-B/16", 12, 12),
         *_family("vit-l16", "vit_large", "ViT-L/16", 24, 16),
         *_family("vit-h14", "vit_huge", "ViT-H/14", 32, 16),

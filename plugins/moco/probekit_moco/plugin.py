@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probekit.hookspecs import hookimpl
-from probekit.specs import Layout, ModelSpec, Option, Preprocessing, Weights
+from probekit.specs import Layout, ModelSpec, Option, Preprocessing, Weights, miniature
 
 PROBEKIT_API = 1
 
@@ -79,7 +79,6 @@ def _spec(
     summary: str,
     *,
     published: str | None = None,
-    default: bool = False,
 ) -> ModelSpec:
     return ModelSpec(
         name="moco",
@@ -93,7 +92,6 @@ def _spec(
         preprocessing=_PREPROCESSING,
         heads=heads,
         layers=layers,
-        default=default,
     )
 
 
@@ -101,7 +99,15 @@ def _spec(
 def probekit_models() -> list[ModelSpec]:
     own = "for pre-trainings of your own (none published)"
     return [
-        _spec("vit-b16", 12, 12, "ViT-B/16, 300 epochs", published="vit-b-300ep", default=True),
+        miniature(
+            "moco",
+            "MoCo v3",
+            bundled="probekit_moco:miniature.safetensors",
+            objective="CL",
+            citation=_CITATION,
+            published_as="vit-b16",
+        ),
+        _spec("vit-b16", 12, 12, "ViT-B/16, 300 epochs", published="vit-b-300ep"),
         _spec("vit-s16", 12, 12, "ViT-S/16 with 12 heads, 300 epochs", published="vit-s-300ep"),
         _spec("vit-ti16", 3, 12, f"ViT-Ti/16, {own}"),
         _spec("vit-l16", 16, 24, f"ViT-L/16, {own}"),

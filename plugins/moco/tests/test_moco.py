@@ -236,9 +236,10 @@ def test_untrained_weights_depend_on_the_seed_alone():
 
 
 def test_what_the_entries_say():
-    specs = probekit_models()
-    assert [spec.full_name for spec in specs if spec.default] == ["moco:vit-b16"]
-    assert {spec.variant for spec in specs} == SHAPES.keys()
+    mini, *specs = probekit_models()
+    assert mini.full_name == "moco:mini" and mini.default and mini.weights.bundled
+    assert not any(spec.default for spec in specs)
+    assert {spec.variant for spec in specs} == SHAPES.keys() and mini.published_as in SHAPES
     for spec in specs:
         shape = SHAPES[spec.variant]
         assert (spec.heads, spec.layers, spec.objective) == (shape.heads, shape.depth, "CL")

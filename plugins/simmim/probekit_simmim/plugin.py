@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probekit.hookspecs import hookimpl
-from probekit.specs import Layout, ModelSpec, Option, Preprocessing, Weights
+from probekit.specs import Layout, ModelSpec, Option, Preprocessing, Weights, miniature
 
 PROBEKIT_API = 1
 
@@ -81,31 +81,17 @@ def _swin(variant: str, summary: str, drive: str, filename: str, window: int) ->
     )
 
 
-def _miniature() -> ModelSpec:
-    return ModelSpec(
-        name="simmim",
-        variant="mini",
-        summary="bundled miniature of SimMIM (ViT, 12 layers, 1.3 M), trained on shapetex",
-        target="probekit.models.miniature:build",
-        citation=_CITATION,
-        objective="MIM",
-        weights=Weights(
-            bundled="probekit_simmim:miniature.safetensors",
-            licence="Apache-2.0",
-            layout=Layout(name="miniature of SimMIM"),
-        ),
-        preprocessing=Preprocessing(size=(64, 64), crop_pct=1.0),
-        heads=3,
-        layers=12,
-        default=True,
-        published_as="vit-b16",
-    )
-
-
 @hookimpl
 def probekit_models() -> list[ModelSpec]:
     return [
-        _miniature(),
+        miniature(
+            "simmim",
+            "SimMIM",
+            bundled="probekit_simmim:miniature.safetensors",
+            objective="MIM",
+            citation=_CITATION,
+            published_as="vit-b16",
+        ),
         ModelSpec(
             name="simmim",
             variant="vit-b16",
