@@ -16,7 +16,7 @@ OUT = Path("runs/demo")
 
 
 def miniatures() -> list[str]:
-    """Names of the models whose weights come with their packs."""
+    """Names of the models whose weights come with their packs, with the untrained network among them."""
     from probekit.plugins.catalog import Catalog
 
     specs = [entry.spec for entry in Catalog.load().models]
@@ -26,9 +26,7 @@ def miniatures() -> list[str]:
 def main() -> int:
     from probekit.cli.app import main as probekit
 
-    names = miniatures()
-    names += [f"{name}@random" for name in names[:1]]  # what is there before any training
-    models = [word for name in names for word in ("--model", name)]
+    models = [word for name in miniatures() for word in ("--model", name)]
     images = (
         ["--dataset", f"folder:{os.environ['IMAGES']}", "--limit", "256"] if os.environ.get("IMAGES") else []
     )

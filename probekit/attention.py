@@ -24,6 +24,7 @@ and no product is of a lone matrix (see `product`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# On some processors MKL rounds a product by where its operands lie in memory, unless told not to. It reads
+# this at its first product.
+os.environ.setdefault("MKL_CBWR", "AUTO")
 
 _TILE_BYTES = 6 << 18
 """What one CPU thread's two N x N buffers may take, so that they stay in its L2 cache (2 MB and up)."""

@@ -103,7 +103,7 @@ def test_list_shows_the_built_ins():
 def test_list_reads_well_at_80_columns(good):
     out = run("list", "models")
     assert all(len(line.rstrip()) <= 80 for line in out.splitlines())
-    assert "bundled miniature of net:b" in out and re.search(r"net:b +MIM +good +large", out)
+    assert "the published model is net:b" in out and re.search(r"net:b +MIM +good +large", out)
     out = run("list", "metrics")
     assert "[bold]flat[/bold] ?[31mrows" in out  # neither markup nor a terminal's escape
     assert "options: log" in out and "good/nmi" in out

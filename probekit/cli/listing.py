@@ -108,7 +108,7 @@ def _entry_table(kind: str, labelled: Sequence[tuple[str, Entry]]) -> Table:
         name = f"{label}:NAME" if getattr(spec, "any_variant", False) else name
         lines = [spec.summary]
         if getattr(spec, "published_as", None):
-            lines.append(f"bundled miniature of {spec.name}:{spec.published_as}")
+            lines.append(f"the published model is {spec.name}:{spec.published_as}")
         if spec.options:
             lines.append(f"options: {', '.join(spec.options)}")
         cells = [name]

@@ -118,9 +118,11 @@ def run_command(
         if not dataset and grid is None:
             typer.echo(f"  no --dataset given: {resolved.grid.limit} drawn images of known shape and texture")
         for entry in resolved.models:
-            if entry.spec.published_as:
-                published = f"{entry.spec.name}:{entry.spec.published_as}"
-                typer.echo(f"  {entry.ref}   {entry.spec.summary}; the published model is {published}")
+            spec = entry.spec
+            if spec.weights is not None and spec.weights.bundled and entry.ref.weights is None:
+                published = f"{spec.name}:{spec.published_as}"
+                more = f"; the published model is {published}" if spec.published_as else ""
+                typer.echo(f"  {entry.ref}   {spec.summary}{more}")
     from probekit.execution import execute
 
     with shown(as_json) as listen:
