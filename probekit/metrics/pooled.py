@@ -17,7 +17,7 @@ def source(pool: str, allowed: Collection[str] = ("mean", "cls")) -> str:
     """The metric whose traces hold features pooled so. Raises `UsageError` for a `pool` not `allowed`."""
     if pool not in allowed:
         raise UsageError(
-            f"pool is one of {', '.join(map(repr, allowed))}, not '{pool}'",
+            f"pool is {' or '.join(map(repr, allowed))}, not '{pool}'",
             hint="mean: of patch tokens; cls: the class token",
         )
     return POOLS[pool]
