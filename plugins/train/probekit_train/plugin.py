@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from probekit.hookspecs import hookimpl
-from probekit.specs import CommandSpec, ModelSpec, Objective
+from probekit.specs import CommandSpec, ModelSpec, Objective, miniature
 
 PROBEKIT_API = 1
 
@@ -44,6 +44,13 @@ def probekit_models() -> list[ModelSpec]:
     )
     return [
         anything,
+        miniature(
+            "untrained",
+            "nothing",
+            bundled="probekit_train:miniature-untrained.safetensors",
+            objective="untrained",
+            summary="where all bundled miniatures began: the same network before any training",
+        ),
         *(
             ModelSpec(
                 name="trained",
