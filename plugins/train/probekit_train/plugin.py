@@ -45,6 +45,14 @@ def probekit_models() -> list[ModelSpec]:
     return [
         anything,
         miniature(
+            "hybrid",
+            "SimMIM and MoCo v3 at once, lambda 0.2",
+            bundled="probekit_train:miniature-hybrid.safetensors",
+            objective="hybrid",
+            citation="Park, Kim, Heo, Kim, Yun 2023, What Do Self-Supervised Vision Transformers Learn?, ICLR"
+            " 2023, arXiv:2305.00729",
+        ),
+        miniature(
             "untrained",
             "nothing",
             bundled="probekit_train:miniature-untrained.safetensors",
