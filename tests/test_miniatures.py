@@ -129,8 +129,24 @@ def test_simmim_is_best_before_its_last_third(run):
 def test_moco_s_last_tokens_are_alike(run):
     moco, simmim, untrained = (curve(run, n, "similarity_tokens")[-1] for n in ("moco", "simmim", UNTRAINED))
     assert moco > untrained + 0.2
-    # 0.1 was asked for; SimMIM's own are at 0.89 of at most 1, and docs/miniatures.md says what is reached
     assert moco > simmim + 0.05
+
+
+@shipped("moco")
+@pytest.mark.xfail(
+    strict=True, reason="shipped short of what was asked, as docs/miniatures.md says: train longer"
+)
+def test_moco_s_last_tokens_are_more_alike_than_simmim_s_by_what_was_asked(run):
+    assert curve(run, "moco", "similarity_tokens")[-1] > curve(run, "simmim", "similarity_tokens")[-1] + 0.1
+
+
+@shipped("moco")
+@pytest.mark.xfail(
+    strict=True, reason="shipped short of what was asked, as docs/miniatures.md says: train longer"
+)
+def test_moco_separates_shapes_alone_by_what_was_asked(run):
+    last = {name: curve(run, name, "linear_probe")[-1] for name in ("moco", "simmim", UNTRAINED)}
+    assert last["moco"] > last[UNTRAINED] + 5 and last["moco"] > last["simmim"] + 5
 
 
 @shipped("moco")

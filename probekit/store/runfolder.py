@@ -95,7 +95,7 @@ class Run:
         seen = (found.st_ino, found.st_mtime_ns, found.st_size) if found else None
         if seen is None or self._results.get(path, (None,))[0] != seen:  # one file is asked for by many
             self._results[path] = seen, read_result(path)
-        return self._results[path][1].copy()
+        return self._results[path][1].copy(deep=True)  # what a caller changes is the caller's
 
     def results(self) -> Iterator[tuple[Cell, xr.Dataset]]:
         """Every finished cell with its result."""
