@@ -115,7 +115,7 @@ def _run(
     from probekit.cli.plain import print_json, tame
     from probekit.store.sealing import seal_json
     from probekit.subject import open_dataset
-    from probekit_train.pretraining import MODEL, run, summary
+    from probekit_train.pretraining import MODEL, length, run, summary
     from probekit_train.showing import shown, write_log
     from probekit_train.training import processes
 
@@ -124,7 +124,7 @@ def _run(
     accelerator = processes(recipe, cpu)
     main = accelerator.is_main_process
     with shown(as_json or not main) as listen:
-        listen.say(f"  {recipe.objective} on {recipe.dataset}, {recipe.epochs:g} epochs: {tame(folder)}")
+        listen.say(f"  {recipe.objective} on {recipe.dataset}, {length(recipe)}: {tame(folder)}")
         state, said = run(
             recipe, dataset, folder, accelerator, plan, workers=workers, stop_after=stop_after,
             save_every=save_every, half=half, decoding=listen.decoding, listen=listen,

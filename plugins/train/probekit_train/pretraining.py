@@ -237,6 +237,12 @@ class _Chosen(Dataset):
         return self._dataset.image(self._indices[index])
 
 
+def length(recipe: Training) -> str:
+    """Of its schedule, in words."""
+    epochs = f"{recipe.epochs:g} epoch{'s' if recipe.epochs != 1 else ''}"
+    return epochs if recipe.rounds == 1 else f"{recipe.rounds} rounds of {epochs}"
+
+
 def summary(said: Mapping[str, Any]) -> str:
     losses = ", ".join(f"{name} {value:.4f}" for name, value in said["losses"].items())
     return f"{said['images_seen']} images in {said['seconds'] / 60:.1f} min; last {losses or 'untrained'}"

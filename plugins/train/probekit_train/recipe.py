@@ -45,7 +45,9 @@ class View(_Strict):
 class Training(_Strict):
     """What pre-training and fine-tuning share.
 
-    epochs:       passes over the images, whole or not; 0 writes the untrained network
+    epochs:       passes over the images in one round, whole or not; 0 writes the untrained network
+    rounds:       how often the whole schedule runs, each time from the last one's weights (warm restarts,
+                  Loshchilov and Hutter 2017); a finished training goes on when they are raised
     batch_size:   images of one step of the optimiser, over all processes and `accumulate` parts
     lr:           the peak learning rate itself; nothing scales it with the batch
     clip:         largest norm of the gradient, 0 for no limit
@@ -57,6 +59,7 @@ class Training(_Strict):
     view_count: ClassVar[int] = 1
 
     epochs: float = Field(ge=0)
+    rounds: Positive = 1
     warmup_epochs: float = Field(0.0, ge=0)
     batch_size: Positive
     accumulate: Positive = 1

@@ -16,7 +16,7 @@ from probekit_train.recipe import Training
 
 
 def steps_of(recipe: Training, images: int) -> int:
-    """Steps of the whole schedule: epochs x images / batch, at least one where epochs > 0."""
+    """Steps of one round of the schedule: epochs x images / batch, at least one where epochs > 0."""
     return max(1, round(recipe.epochs * images / recipe.batch_size)) if recipe.epochs else 0
 
 

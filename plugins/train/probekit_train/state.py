@@ -52,6 +52,7 @@ class State:
     def resume(cls, path: Path, expected: State, objective: nn.Module, optimizer: Optimizer) -> State:
         """The state in `path`, its weights put into `objective` and `optimizer`.
 
+        A training of fewer rounds is the beginning of one of more.
         Raises UsageError for the state of another recipe or of other images, StoreError for a file that is
         no state, WeightsError for a damaged one.
         """
@@ -59,7 +60,8 @@ class State:
         if content.get("format") != FORMAT or "objective" not in content:
             raise StoreError(f"'{path}' is no state of a training that this version reads", hint=_ANOTHER)
         found = _complete(json.loads(content["recipe"]))
-        if found != expected.recipe:
+        done = min(found.get("rounds", 1), expected.recipe["rounds"])  # more rounds begin with the same ones
+        if found != {**expected.recipe, "rounds": done}:
             raise UsageError(
                 f"the checkpoint in '{path.parent}' is of another recipe:"
                 f" {_difference(found, expected.recipe)}",
@@ -77,7 +79,7 @@ class State:
         except (RuntimeError, ValueError, KeyError) as error:
             raise StoreError(f"'{path}' is of another version of the pack", hint=_ANOTHER) from error
         rows = [dict(row) for row in content["rows"]]
-        return cls(found, content["fingerprint"], content["step"], content["seconds"], rows)
+        return cls(expected.recipe, content["fingerprint"], content["step"], content["seconds"], rows)
 
 
 def _complete(recipe: dict[str, Any]) -> dict[str, Any]:

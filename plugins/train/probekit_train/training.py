@@ -65,8 +65,13 @@ class Job:
     save_every: float = 5.0
 
     @property
-    def steps(self) -> int:
+    def round_steps(self) -> int:
+        """Steps of one round."""
         return steps_of(self.recipe, len(self.pictures))
+
+    @property
+    def steps(self) -> int:
+        return self.recipe.rounds * self.round_steps
 
 
 def processes(recipe: Training, cpu: bool) -> Accelerator:
@@ -137,8 +142,9 @@ def train(job: Job, accelerator: Accelerator, listen: Listener = lambda report: 
     sums: dict[str, Tensor] = {}
     since, counted = time.monotonic(), 0
     while state.step < job.steps:
-        progress = state.step / job.steps
-        rates.step_update(state.step)
+        within = state.step % job.round_steps
+        progress = within / job.round_steps
+        rates.step_update(within)
         job.objective.begin_step(progress)
         for values in _step(module, parts, optimizer, job, state.step, accelerator):
             for name, value in values.items():

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,24 @@ def test_kill_9_and_the_same_command_give_the_undisturbed_weights(probekit, tmp_
     assert 0 < done < 120 and not (tmp_path / "killed" / "model.safetensors").exists()
     assert probekit(*command("simmim", tmp_path / "killed", *epochs))[0] == 0
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "killed"))
+
+
+def test_a_finished_training_goes_on_when_its_rounds_are_raised(probekit, tmp_path):
+    line = partial(command, "moco", tmp_path / "later")
+    long = ["--set", "epochs=7", "--set", "drop_tokens=0.5", "--set", "drop_until=0.5"]
+    assert probekit(*line(*long))[0] == 0
+    one = weights(tmp_path / "later")
+    code, out, _ = probekit(*line(*long, "--set", "rounds=2", "--json"))
+    said = json.loads(out)
+    assert code == 0 and said["recipe"]["rounds"] == 2 and said["images_seen"] == 2 * 7 * 64
+    rates = [float(row["lr"]) for row in csv.DictReader((tmp_path / "later" / "log.csv").open())]
+    assert rates[2] < 1e-5 < rates[3] > rates[4] > rates[5]  # steps 28, 30, 40, 50 of twice 28
+    code, out, _ = probekit(*command("moco", tmp_path / "whole", *long, "--set", "rounds=2"))
+    assert code == 0 and "2 rounds of 7 epochs" in out + _
+    assert_same(weights(tmp_path / "later"), weights(tmp_path / "whole"))
+    assert any(not torch.equal(one[name], value) for name, value in weights(tmp_path / "later").items())
+    code, _, err = probekit(*line(*long))
+    assert code == 2 and "its 'rounds' is '2', and here '1'" in err
 
 
 def test_another_seed_gives_other_weights_and_no_epochs_the_untrained_network(probekit, tmp_path):
