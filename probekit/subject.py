@@ -121,6 +121,7 @@ class Live:
     # shared by all views
     _watched: list[tuple[Watcher, Tensor]] = field(default_factory=list)
     _fingerprints: dict[str, str] = field(default_factory=dict)
+    _prepared: image_loading.Prepared = field(default_factory=image_loading.Prepared)
 
     @classmethod
     def load(
@@ -293,6 +294,7 @@ class Live:
     def batches(
         self, chosen: Sequence[int], batch_size: int, workers: int = 0
     ) -> Iterator[image_loading.Batch]:
+        variation = self.shown.variation
         source = image_loading.batches(
             self.dataset,
             chosen,
@@ -300,7 +302,8 @@ class Live:
             batch_size=batch_size,
             workers=workers,
             on_bad=self.grid.on_bad_image,
-            variant=self.shown.variation.pixels if self.shown.variation else None,
+            variant=variation.pixels if variation else None,
+            prepared=self._prepared if variation and self.shown.split == "measured" else None,
         )
         try:
             with contextlib.closing(source):

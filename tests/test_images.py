@@ -20,7 +20,7 @@ from PIL import Image
 import probekit.datasets.images as images_module
 from probekit.datasets.dataset import BadImage, Dataset, select
 from probekit.datasets.folder import load
-from probekit.datasets.images import Bad, Batch, batches, masks
+from probekit.datasets.images import Bad, Batch, Prepared, batches, masks
 from probekit.errors import DataError, PluginError, UsageError
 from probekit.specs import Preprocessing
 
@@ -443,6 +443,27 @@ def test_variants_are_applied_after_normalisation_with_the_index() -> None:
         everything(pictures(1), [0], SMALL, batch_size=1, variant=lambda x, i: x[0])
     with pytest.raises(PluginError, match="a variant of dataset 'memory' failed at image 'item-0': ZeroDiv"):
         everything(pictures(1), [0], SMALL, batch_size=1, variant=_raise(ZeroDivisionError("by zero")))
+
+
+def test_prepared_images_are_decoded_once_while_there_is_room_and_no_variant_changes_them() -> None:
+    class Counted(Memory):
+        seen: list[int] = []
+
+        def image(self, index: int) -> Image.Image:
+            self.seen.append(index)
+            return super().image(index)
+
+    counted = Counted(pictures(4).items)
+    plain = joined(everything(pictures(4), range(4), SMALL, batch_size=2))[1]
+    prepared = Prepared(room=3 * plain[0].nbytes)
+    for _ in range(3):
+        found = joined(
+            everything(
+                counted, range(4), SMALL, batch_size=2, variant=lambda x, i: x.add_(1), prepared=prepared
+            )
+        )[1]
+        assert torch.equal(found, plain + 1)
+    assert len(prepared) == 3 and counted.seen == [0, 1, 2, 3, 3, 3]
 
 
 # --- processes -----------------------------------------------------------------------------------

@@ -16,8 +16,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from probe_traces import rows, split
 
 from probekit.errors import MetricError, UsageError
+from probekit.metrics import readout
 from probekit.metrics.frequency_robustness import FrequencyRobustness
 from probekit.metrics.linear_probe import LinearProbe
+from probekit.metrics.probing import fit_many
 from probekit.reports.curves import baselines_of, curve_of, main_value, values_of
 from probekit.store.results import read_result, write_result
 
@@ -54,6 +56,33 @@ def test_the_drop_is_the_share_of_images_lost():
     np.testing.assert_allclose(result["frequency_robustness_curve"].values, 20)  # of .75 and 1
     assert result["correct_noisy"].values[0, 3, :8].tolist() == [0] * 6 + [1] * 2
     assert result["rms"].dims == ("band",) and result.attrs["rms_size"] == "32 x 32"
+
+
+def test_probes_of_the_same_features_are_fitted_once_and_of_others_anew(monkeypatch):
+    fitted = []
+
+    def counted(matrices, *rest, **more):
+        fitted.append(len(matrices))
+        return fit_many(matrices, *rest, **more)
+
+    monkeypatch.setattr(readout, "fit_many", counted)
+    monkeypatch.setattr(readout, "_LAST", {})
+    metric = FrequencyRobustness(step=0.5)
+    given = split(apart=0.8)
+    noisy = replace(given, variations={v.name: replace(given, train=None) for v in metric.variations()})
+    accuracy = LinearProbe().summarize(given)
+    result = metric.summarize(noisy)
+    assert fitted == [3]
+    np.testing.assert_array_equal(result["clean_accuracy"].values, accuracy["linear_probe"].values)
+    assert len(readout._LAST) == 1
+    other = replace(given.train, labels=given.train.labels[1:] + given.train.labels[:1])
+    metric.summarize(replace(noisy, train=other))
+    assert fitted == [3, 3]
+    LinearProbe(l2=0.1).summarize(given)
+    LinearProbe(l2=0.1).summarize(replace(given, seed=1))
+    nudged = given.train["features"] * np.float32(1.5)
+    LinearProbe(l2=0.1).summarize(replace(given, train=replace(given.train, values={"features": nudged})))
+    assert len(fitted) == 5
 
 
 def test_the_interval_is_the_paired_bootstrap_over_images():

@@ -55,6 +55,31 @@ class Batch:
         return len(self.indices)
 
 
+class Prepared:
+    """Images as the network takes them, for the passes to come that show them again with a variant each.
+
+    Noise in eleven bands is eleven passes over the same images. The first ones are kept as long as there is
+    room; the rest are prepared anew.
+    """
+
+    def __init__(self, room: int = 320_000_000):
+        self.room = room  # bytes: some 500 images of 224 x 224
+        self._pixels: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def get(self, index: int) -> Tensor | None:
+        """A copy, for a variant to change as it likes."""
+        found = self._pixels.get(index)
+        return None if found is None else found.clone()
+
+    def put(self, index: int, pixels: Tensor) -> None:
+        if index not in self._pixels and pixels.nbytes <= self.room:
+            self.room -= pixels.nbytes
+            self._pixels[index] = pixels.clone()
+
+
 def transform(preprocessing: Preprocessing, normalize: bool = True) -> Callable[[Image.Image], Tensor]:
     """timm's evaluation transform: RGB image -> (3, rows, cols) float32, normalised, or else uint8.
 
@@ -119,6 +144,7 @@ def batches(
     workers: int = 0,
     on_bad: Literal["skip", "fail"] = "skip",
     variant: Variant | None = None,
+    prepared: Prepared | None = None,
 ) -> Iterator[Batch]:
     """Yield one `Batch` for every `batch_size` of `indices`, in order.
 
@@ -131,6 +157,8 @@ def batches(
     on_bad:  ``skip`` lists bad images in their batch; ``fail`` raises `BadImage` at the first.
     variant: called with each normalised (3, rows, cols) tensor and its index, returns another of that
              shape (noise in a frequency band); with workers it must survive fork or pickle.
+    prepared: kept from earlier calls with the same dataset and preprocessing, and for later ones; without
+             effect where workers decode, who share no memory.
 
     Raises `UsageError` for arguments that make no sense (at once), `PluginError` when the dataset or the
     variant fails in a way that is no image's fault, `DataError` when a worker dies.
@@ -147,7 +175,8 @@ def batches(
         raise UsageError(f"dataset {dataset.name!r} has {len(dataset)} images, so no index {wrong}")
     chunks = [indices[i : i + batch_size] for i in range(0, len(indices), batch_size)]
     # imports timm here, before any fork: the workers share it
-    loader = _Loader(dataset, chunks, preprocessing, transform(preprocessing), variant)
+    kept = Prepared(room=0) if workers or prepared is None else prepared
+    loader = _Loader(dataset, chunks, preprocessing, transform(preprocessing), variant, kept)
     return _iterate(loader, min(workers, len(chunks)), on_bad)
 
 
@@ -175,12 +204,14 @@ class _Loader:
         preprocessing: Preprocessing,
         transform: Callable[[Image.Image], Tensor],
         variant: Variant | None,
+        prepared: Prepared,
     ):
         self.dataset = dataset
         self.chunks = chunks
         self.preprocessing = preprocessing
         self.transform = transform
         self.variant = variant
+        self.prepared = prepared
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -205,12 +236,15 @@ class _Loader:
         return Batch(indices, stacked.float(), bad)
 
     def _pixels(self, index: int) -> Tensor:
-        image = self._image(index)
-        _check_shape(image, self.preprocessing, self.dataset.ids[index])
-        try:
-            pixels = self.transform(image)
-        except MemoryError as error:
-            raise self._fault(index, error) from error
+        pixels = self.prepared.get(index)
+        if pixels is None:
+            image = self._image(index)
+            _check_shape(image, self.preprocessing, self.dataset.ids[index])
+            try:
+                pixels = self.transform(image)
+            except MemoryError as error:
+                raise self._fault(index, error) from error
+            self.prepared.put(index, pixels)
         if self.variant is None:
             return pixels
         try:

@@ -30,7 +30,7 @@ LR_GRID = (0.01, 0.1, 1.0)
 GRADIENT = 1e-7
 """The largest element of the gradient at which ``lbfgs`` stops."""
 
-_ROUGH = 1e-5  # while l2 is chosen
+_ROUGH = 1e-4  # while l2 is chosen
 _EPS = 1e-6
 _CHUNK = 4096  # images scored at once
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from probekit.attention import exact_float32
@@ -27,11 +28,11 @@ class Logistic:
     """
 
     def __init__(self, x: Tensor, targets: Tensor, classes: int) -> None:
-        self.targets, self.classes = targets, classes
+        self.targets, self.classes = targets[None], classes
         spread, self.axes = torch.linalg.eigh(x.T @ x / len(x))  # axes in columns
         self.spread = torch.cat([spread.clamp(min=0), spread.new_ones(1)])  # the last is the bias'
-        self.x = x @ self.axes
-        self.rows = torch.arange(len(x), device=x.device)
+        self.x = (self.axes.T @ x.T).contiguous()  # (C, n): with few classes, products are twice as fast so
+        self.ones = x.new_ones(1, len(x))
 
     def minimum(self, l2: float, start: np.ndarray, gradient: float) -> tuple[np.ndarray, float]:
         """The minimiser of the loss + l2/2 |W|^2, from `start`.
@@ -43,13 +44,13 @@ class Logistic:
 
         def objective(theta: np.ndarray) -> tuple[float, np.ndarray]:
             w = self._each(theta, unit)
-            z = torch.addmm(w[:, -1], self.x, w[:, :-1].T)
-            total = z.logsumexp(1)
-            loss = (total - z[self.rows, self.targets]).mean() + l2 / 2 * w[:, :-1].square().sum()
-            z.sub_(total[:, None]).exp_()
-            z[self.rows, self.targets] -= 1
-            z /= len(self.x)
-            slope = torch.cat([z.T @ self.x + l2 * w[:, :-1], z.sum(0)[:, None]], 1) * unit
+            z = torch.addmm(w[:, -1:], w[:, :-1], self.x)  # (classes, n)
+            z.sub_(z.amax(0))
+            own = z.gather(0, self.targets)
+            total = z.exp_().sum(0)
+            loss = (total.log() - own).mean() + l2 / 2 * w[:, :-1].square().sum()
+            z.div_(total).scatter_add_(0, self.targets, -self.ones).div_(z.shape[1])
+            slope = torch.cat([z @ self.x.T + l2 * w[:, :-1], z.sum(1, keepdim=True)], 1) * unit
             return loss.item(), slope.cpu().numpy().ravel()
 
         theta, slope = self._turned(self._each(start, 1), self.axes) / unit, math.inf
@@ -88,12 +89,13 @@ _SMALL = 50_000_000  # products a step
 
 @contextmanager
 def _few_threads(products: int) -> Iterator[None]:
-    """One thread of torch's for a small problem: more wait busily while scipy's want the cores, which takes
-    3 to 6 times as long."""
+    """One thread of scipy's, whose vectors are short, and one of torch's for a small problem: more of either
+    wait busily while the other's want the cores, which takes 3 to 6 times as long."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if products < _SMALL else before)
     try:
-        yield
+        with threadpool_limits(1, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 
