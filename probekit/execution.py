@@ -229,7 +229,8 @@ class _Cell:
         before: dict[str, Any] | None,
         passes: Sequence[Sequence[Measurement]],
     ) -> None:
-        batch_size = self.grid.batch_size or (before or {}).get("batch_size") or default_batch(subject.device)
+        batch_size = self.grid.batch_size or (before or {}).get("batch_size")
+        batch_size = batch_size or default_batch(subject.device, identity["preprocessing"]["size"])
         if before is None:
             with subject.active():
                 source, _ = subject.watch()

@@ -87,13 +87,13 @@ def test_its_committed_recipe_makes_it_again_and_its_card_is_true(name):
     reading = pytest.importorskip("probekit_train.reading")
     said = said_by(name)
     recipe = f"miniature-{said['objective']}"
-    made = reading.make(reading.read(recipe)).model_dump(mode="json", by_alias=True)
-    assert said["recipe"] == made and said["finished"]
+    made = reading.make(reading.read(recipe))
+    assert reading.make(said["recipe"]) == made and said["finished"]
     row = next(line for line in PAGE.read_text().splitlines() if line.startswith(f"| `{name}` |"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     assert cells[1] == f"`{recipe}`"
     assert cells[2] == f"{said['images_seen']:,}"
-    assert cells[3] == f"{made['epochs']:g}"
+    assert cells[3] == (f"{made.rounds} x " if made.rounds > 1 else "") + f"{made.epochs:g}"
     assert cells[4] == f"{said['losses']['loss']:.3f}"
     assert cells[5] == f"{said['held_out']['loss']:.3f}"
     assert cells[6] == f"{said['seconds'] / 60:.0f}"
@@ -133,17 +133,13 @@ def test_moco_s_last_tokens_are_alike(run):
 
 
 @shipped("moco")
-@pytest.mark.xfail(
-    strict=True, reason="shipped short of what was asked, as docs/miniatures.md says: train longer"
-)
+@pytest.mark.xfail(strict=True, reason="0.092 where 0.1 was asked, as docs/miniatures.md says")
 def test_moco_s_last_tokens_are_more_alike_than_simmim_s_by_what_was_asked(run):
     assert curve(run, "moco", "similarity_tokens")[-1] > curve(run, "simmim", "similarity_tokens")[-1] + 0.1
 
 
 @shipped("moco")
-@pytest.mark.xfail(
-    strict=True, reason="shipped short of what was asked, as docs/miniatures.md says: train longer"
-)
+@pytest.mark.xfail(strict=True, reason="MoCo learnt textures rather, as docs/miniatures.md says")
 def test_moco_separates_shapes_alone_by_what_was_asked(run):
     last = {name: curve(run, name, "linear_probe")[-1] for name in ("moco", "simmim", UNTRAINED)}
     assert last["moco"] > last[UNTRAINED] + 5 and last["moco"] > last["simmim"] + 5

@@ -185,7 +185,7 @@ class _Capture:
     def _cut(self, size: _Size, before: dict[str, Any] | None) -> tuple[int, int]:
         """Images per forward pass and per shard: as in a run, so that its batches and these are the same."""
         asked = self.subject.grid.batch_size or (before or {}).get("batch_size")
-        batch = asked or default_batch(self.subject.device)
+        batch = asked or default_batch(self.subject.device, self.subject.preprocessing.size)
         while not asked and batch > 1 and batch * size.per_image > _BATCH_BYTES:
             batch //= 2
         if before is not None:

@@ -147,8 +147,12 @@ class Run:
 
 
 def shard_size(total: int) -> int:
-    """Images per shard, from the number of images alone: a kill's cost against the number of files."""
-    return max(16, min(512, 16 * -(-total // 512)))
+    """Images per shard, from the number of images alone: a kill's cost against the number of files.
+
+    A multiple of 16: of few images an eighth, up to 64; of many a thirty-second, up to 512.
+    """
+    eighth, thirtysecond = (16 * -(-total // (16 * parts)) for parts in (8, 32))
+    return max(16, min(64, eighth), min(512, thirtysecond))
 
 
 def _one(kind: str, name: str | None, known: list[str]) -> str:
