@@ -146,9 +146,9 @@ def _notes(tested: Sequence[Tested], miniatures: Collection[str]) -> Iterator[st
         return
     if miniatures:
         yield (
-            f"{', '.join(sorted(miniatures))}: bundled miniatures, tiny networks trained for minutes or a few hours "
-            "on drawn images. A claim is seen or not seen in these miniatures; that says nothing for or "
-            "against the paper's models."
+            f"{', '.join(sorted(miniatures))}: bundled miniatures, tiny networks trained for minutes or a "
+            "few hours on drawn images. A claim is seen or not seen in these miniatures; that says nothing "
+            "for or against the paper's models."
         )
     counts: dict[str, set[int]] = {}
     for verdict in verdicts:
