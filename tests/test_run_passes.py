@@ -400,3 +400,18 @@ def run_traces(r: Run, images: str):
     folder = r.folder(r.models[0], r.datasets[0]).trace("features", 1, images)
     count = {"train": 30, "all": 10}[images]
     return TraceFolder(folder, {}, count, shard_size(count)).read([str(i) for i in range(count)], None, 0)
+
+
+def test_shards_hold_an_eighth_of_few_images_and_a_thirty_second_of_many():
+    from probekit.store.runfolder import shard_size
+
+    sizes = {1: 16, 128: 16, 256: 32, 512: 64, 2048: 64, 5000: 160, 50_000: 512}
+    assert {count: shard_size(count) for count in sizes} == sizes
+
+
+def test_on_a_cpu_small_images_go_through_more_at_a_time():
+    from probekit.subject import default_batch
+
+    cpu = torch.device("cpu")
+    assert [default_batch(cpu, (side, side)) for side in (32, 64, 160, 224, 518)] == [64, 64, 31, 16, 16]
+    assert default_batch(torch.device("cuda"), (224, 224)) == 64
