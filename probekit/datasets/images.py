@@ -75,7 +75,7 @@ class Prepared:
         return None if found is None else found.clone()
 
     def put(self, index: int, pixels: Tensor) -> None:
-        if index not in self._pixels and pixels.nbytes <= self.room:
+        if pixels.nbytes <= self.room:
             self.room -= pixels.nbytes
             self._pixels[index] = pixels.clone()
 

@@ -125,25 +125,22 @@ class Readout(Metric):
         if not rows:
             raise DoesNotApply("no layer of this model has features")
         matrices = _Matrices(train["features"], places, widths)
-        return Heads(rows, places, self._fitted(matrices, train, classes_of(traces), traces))
+        return Heads(rows, places, self._fitted(matrices, traces))
 
-    def _fitted(
-        self, matrices: Sequence[np.ndarray], train: Traces, classes: int, traces: Traces
-    ) -> list[Probe]:
+    def _fitted(self, matrices: Sequence[np.ndarray], traces: Traces) -> list[Probe]:
         """The last ones are kept: accuracy, noise and shape bias read out the same features, one after
         another, and a probe takes longer than all that is asked of it."""
-        key = xxhash.xxh3_128()
-        key.update(repr((self.recipe, classes, traces.seed, traces.device)).encode())
-        for x in itertools.chain([np.asarray(train.labels, dtype=np.int64)], matrices):
-            key.update(f"{x.dtype}{x.shape}".encode())
-            key.update(np.ascontiguousarray(x))
-        if key.digest() not in _LAST:
-            probes = fit_many(
-                matrices, train.labels, classes, self.recipe, seed=traces.seed, device=traces.device
-            )
+        labels, classes = np.asarray(traces.train.labels, dtype=np.int64), classes_of(traces)
+        content = xxhash.xxh3_128(repr((self.recipe, classes, traces.seed, traces.device)).encode())
+        for x in itertools.chain([labels], matrices):
+            content.update(f"{x.dtype}{x.shape}".encode())
+            content.update(np.ascontiguousarray(x))
+        key = content.digest()
+        if key not in _LAST:
+            found = fit_many(matrices, labels, classes, self.recipe, seed=traces.seed, device=traces.device)
             _LAST.clear()
-            _LAST[key.digest()] = probes
-        return _LAST[key.digest()]
+            _LAST[key] = found
+        return _LAST[key]
 
 
 class _Matrices(Sequence):

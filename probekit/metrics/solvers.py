@@ -32,7 +32,6 @@ class Logistic:
         spread, self.axes = torch.linalg.eigh(x.T @ x / len(x))  # axes in columns
         self.spread = torch.cat([spread.clamp(min=0), spread.new_ones(1)])  # the last is the bias'
         self.x = (self.axes.T @ x.T).contiguous()  # (C, n): with few classes, products are twice as fast so
-        self.ones = x.new_ones(1, len(x))
 
     def minimum(self, l2: float, start: np.ndarray, gradient: float) -> tuple[np.ndarray, float]:
         """The minimiser of the loss + l2/2 |W|^2, from `start`.
@@ -49,7 +48,7 @@ class Logistic:
             own = z.gather(0, self.targets)
             total = z.exp_().sum(0)
             loss = (total.log() - own).mean() + l2 / 2 * w[:, :-1].square().sum()
-            z.div_(total).scatter_add_(0, self.targets, -self.ones).div_(z.shape[1])
+            z.div_(total).scatter_(0, self.targets, -1, reduce="add").div_(z.shape[1])
             slope = torch.cat([z @ self.x.T + l2 * w[:, :-1], z.sum(1, keepdim=True)], 1) * unit
             return loss.item(), slope.cpu().numpy().ravel()
 

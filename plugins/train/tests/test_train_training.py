@@ -133,8 +133,8 @@ def test_a_finished_training_goes_on_when_its_rounds_are_raised(probekit, tmp_pa
     assert code == 0 and said["recipe"]["rounds"] == 2 and said["images_seen"] == 2 * 7 * 64
     rates = [float(row["lr"]) for row in csv.DictReader((tmp_path / "later" / "log.csv").open())]
     assert rates[2] < 1e-5 < rates[3] > rates[4] > rates[5]  # steps 28, 30, 40, 50 of twice 28
-    code, out, _ = probekit(*command("moco", tmp_path / "whole", *long, "--set", "rounds=2"))
-    assert code == 0 and "2 rounds of 7 epochs" in out + _
+    code, out, err = probekit(*command("moco", tmp_path / "whole", *long, "--set", "rounds=2"))
+    assert code == 0 and "2 rounds of 7 epochs" in out + err
     assert_same(weights(tmp_path / "later"), weights(tmp_path / "whole"))
     assert any(not torch.equal(one[name], value) for name, value in weights(tmp_path / "later").items())
     code, _, err = probekit(*line(*long))
