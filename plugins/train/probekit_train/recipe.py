@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Pool = Literal["token", "avg"]
 
 
 class _Strict(BaseModel):
@@ -114,6 +115,7 @@ class _Contrast(Pretraining):
     momentum:           of the momentum encoder at the start; 0 makes it SimCLR*
     momentum_end:       at the end, reached along a cosine; 1, or 0 where `momentum` is 0
     projector, predictor: widths after the encoder's own
+    pool:               what the projector sees: the class token, or the mean of patch tokens
     drop_tokens:        share of patch tokens left out of each view for the first `drop_until` of the
                         steps, which MoCo doesn't do: about twice the images per second
     """
@@ -124,6 +126,7 @@ class _Contrast(Pretraining):
     projector: tuple[Positive, ...] = (4096, 4096, 256)
     predictor: tuple[Positive, ...] = (4096, 256)
     freeze_patch_embed: bool = True
+    pool: Pool = "token"
     drop_tokens: float = Field(0.0, ge=0, lt=1)
     drop_until: Share = 1.0
 
@@ -187,7 +190,7 @@ class _Labels(Training):
 
 class SupervisedRecipe(_Labels, Pretraining):
     objective: Literal["supervised"]
-    pool: Literal["token", "avg"] = "token"
+    pool: Pool = "token"
 
 
 class FinetuneRecipe(_Labels):
@@ -201,7 +204,7 @@ class FinetuneRecipe(_Labels):
     objective: Literal["finetune"] = "finetune"
     model: str = ""
     img_size: Positive | None = None
-    pool: Literal["token", "avg"] = "avg"
+    pool: Pool = "avg"
     frozen: bool = False
     reinit_first: int = Field(0, ge=0)
     reinit_last: int = Field(0, ge=0)

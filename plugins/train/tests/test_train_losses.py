@@ -20,7 +20,10 @@ from probekit_train.objectives.mae import (
 )
 from probekit_train.objectives.moco import MomentumContrast, info_nce, momentum_at
 from probekit_train.objectives.simmim import MaskedPixels, masked_l1, unit_mask
+from probekit_train.pretraining import pretraining
 from probekit_train.reading import make
+
+from probekit.datasets import shapetex
 
 ARGS = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
 TINY = Description(model="vit", model_args=ARGS, img_size=16)
@@ -68,18 +71,22 @@ def test_info_nce_of_equal_keys_is_chance_and_of_its_own_keys_alone_nothing():
     assert float(info_nce(torch.eye(4), torch.eye(4), 0.01)) < 1e-6
 
 
-def test_mocos_loss_is_symmetric_and_scaled_by_twice_the_temperature():
-    moco = MomentumContrast(TINY.build(), recipe("moco", 2, temperature=0.5, **HEADS))
+@pytest.mark.parametrize(
+    ("pool", "output"),
+    [("token", lambda tokens: tokens[:, 0]), ("avg", lambda tokens: tokens[:, 1:].mean(1))],
+)
+def test_mocos_loss_is_symmetric_and_scaled_by_twice_the_temperature(pool, output):
+    moco = pretraining(recipe("moco", 2, temperature=0.5, pool=pool, **HEADS), shapetex.load(None)).objective
     first, second = images(seed=1), images(seed=2)
     found = moco.losses(Batch([first, second]))
     with torch.no_grad():
-        # the network's own first token, not a helper of the pack's
+        # the network's own tokens, not a helper of the pack's
         q, k = [], []
         for view in (first, second):
-            tokens = moco.backbone.forward_features(view)[:, 0]
-            q.append(moco.predictor(moco.projector(tokens)).double().numpy())
-            tokens = moco.momentum["backbone"].forward_features(view)[:, 0]
-            k.append(moco.momentum["projector"](tokens).double().numpy())
+            features = output(moco.backbone.forward_features(view))
+            q.append(moco.predictor(moco.projector(features)).double().numpy())
+            features = output(moco.momentum["backbone"].forward_features(view))
+            k.append(moco.momentum["projector"](features).double().numpy())
     expected = info_nce_by_hand(q[0], k[1], 0.5) + info_nce_by_hand(q[1], k[0], 0.5)
     assert found["loss"].item() == pytest.approx(2 * 0.5 * expected, rel=2e-6)
     assert float(found["info_nce"]) == pytest.approx(expected / 2, rel=2e-6)

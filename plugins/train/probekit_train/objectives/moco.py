@@ -107,7 +107,7 @@ def momentum_at(progress: float, start: float, end: float) -> float:
 
 
 def pooled(backbone: VisionTransformer, images: Tensor) -> Tensor:
-    """The encoder's output (B, C): timm's pooled features, the class token's where there is one."""
+    """The encoder's output (B, C): the normed class token, or the mean of normed patch tokens."""
     return backbone.forward_head(backbone.forward_features(images), pre_logits=True)
 
 
