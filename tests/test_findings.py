@@ -263,10 +263,15 @@ def test_the_property_of_the_lower_one_must_be_beyond_untrained_too(tmp_path):
     }
     run = make(tmp_path, models)
     lower = claim(higher="MIM", than="CL")
-    assert verdict(run, replace(lower, attributed="CL")).status in ("does not hold",)
+    unsure = verdict(run, replace(lower, attributed="CL"))
+    assert unsure.status == "can't tell"
+    assert (
+        unsure.reason
+        == f"whether '{CL}' goes beyond the untrained network '{RANDOM}': the interval includes 0"
+    )
     assert verdict(run, replace(lower, attributed="MIM")).status == "holds"
     both = verdict(run, replace(lower, attributed=("CL", "MIM")))
-    assert both.status == "does not hold" and both.baseline.of == CL and len(both.baselines) == 2
+    assert both.status == "can't tell" and both.baseline.of == CL and len(both.baselines) == 2
     lowest = make(tmp_path / "b", {**models, RANDOM: {"nmi": curves(MIDDLE, seed=3)}})
     found = verdict(lowest, replace(lower, attributed="CL"))
     assert found.status == "holds" and found.baseline.beyond.value == pytest.approx(0.15, abs=0.02)
@@ -452,7 +457,19 @@ def test_other_grids_are_taken_at_other_frequencies_and_it_is_said(tmp_path):
     run = make(tmp_path, {CL: {"fourier": frequencies(3.0, 4, 1)}, MIM: {"fourier": frequencies(1.0, 3, 2)}})
     found = verdict(run, claim(quantity=Quantity("fourier", inner=LastLess(0)), higher="MIM", than="CL"))
     assert found.status == "holds"
-    assert found.reason.endswith("taken at different places, 0.667 and 0.75")
+    assert found.reason.endswith("the models' values were taken at different places, 0.667 and 0.75")
+
+
+def test_layers_that_end_at_other_ranks_are_said(tmp_path):
+    """Stages of a Swin: a later one has fewer tokens, and so fewer eigenvalues than the rank asked for."""
+    values = np.random.default_rng(0).normal(size=(30, 6, 4))
+    values[:, 4:, 3] = np.nan
+    run = make(tmp_path, {CL: {"fourier": traces(values, "fourier")}})
+    quantity = Quantity("fourier", inner=Rank(4))
+    found = verdict(run, claim(quantity=quantity, than=None, over=LATE_MINUS_EARLY)).effect
+    assert found.note == "the layers' values were taken at different places, 3 to 4"
+    beyond = verdict(run, claim(quantity=Quantity("fourier", inner=Rank(4, less=5)), than=None))
+    assert beyond.status == "not measured" and "no value at any layer" in beyond.reason
 
 
 def test_scores_of_each_image_are_paired(tmp_path):
@@ -601,7 +618,7 @@ def test_several_untrained_networks(tmp_path):
         CL: {"nmi": curves(HIGH, seed=1)},
         MIM: {"nmi": curves(LOW, seed=2)},
         RANDOM: {"nmi": curves(LOW, seed=3)},
-        "vit:x@random": {"nmi": curves(HIGH, seed=4)},
+        "vit:x@random": {"nmi": curves(HIGH, seed=2)},
     }
     found = verdict(make(tmp_path, models))
     assert [b.model for b in found.baselines] == [RANDOM] and found.status == "holds"
@@ -686,11 +703,12 @@ def test_judge_and_combined():
         "can't tell",
     ]
     assert "no untrained network" in judge(up).reason
-    bases = {name: Baseline("r", "m", up, effect) for name, effect in (("up", up), ("both", both))}
+    bases = {name: Baseline("r", "m", up, e) for name, e in (("up", up), ("both", both), ("down", down))}
     bases["none"] = Baseline("r", "m", up, Effect(1.0))
     assert judge(up, [bases["up"]]).status == "holds"
-    assert judge(up, [bases["up"], bases["both"]]).status == "does not hold"
+    assert judge(up, [bases["up"], bases["both"]]).status == "can't tell"
     assert judge(up, [bases["up"], bases["none"]]).status == "can't tell"
+    assert judge(up, [bases["none"], bases["both"], bases["down"]]).status == "does not hold"
     assert judge(both, [bases["both"]]).status == "can't tell"
     assert judge(Effect(0.0, 0.0, 0.0)).status == "can't tell"
     one, two = Verdict("holds", ""), Verdict("does not hold", "")
@@ -856,18 +874,43 @@ def test_a_collapse_says_whether_it_is_uniform(tmp_path):
         assert f"its maps are {said}: entropy {share:.3f}" in reason
 
 
-def test_the_hybrid_is_on_the_side_it_should_be(tmp_path):
+@pytest.mark.parametrize("sign", [1, -1], ids=["MIM above CL", "MIM below CL"])
+def test_the_hybrid_is_nearer_whichever_of_the_two_is_higher(tmp_path, sign):
     from probekit.findings.park2023 import HYBRID_NMI_EARLY, HYBRID_NMI_LATE
 
-    cl, mim, mixed = [0.3, 0.3, 0.2, 0.2, 0.1, 0.1], [0.6] * 6, [0.55, 0.5, 0.4, 0.3, 0.2, 0.15]
-    models = {CL: {"nmi": curves(cl)}, MIM: {"nmi": curves(mim)}, HYBRID: {"nmi": curves(mixed)}}
-    run = make(tmp_path, models)
+    cl, mim = [0.3, 0.3, 0.2, 0.2, 0.1, 0.1], [0.6] * 6
+    mixed = [0.55, 0.5, 0.4, 0.3, 0.2, 0.15]  # as MIM, then as CL
+    turned = [0.35, 0.35, 0.4, 0.5, 0.55, 0.5]  # as CL, then as MIM
+
+    def of(values, seed):
+        return {"nmi": curves([0.5 + sign * (v - 0.5) for v in values], seed=seed)}
+
+    models = {CL: of(cl, 1), MIM: of(mim, 2), HYBRID: of(mixed, 3)}
+    run = make(tmp_path / "a", models)
     early, late = verdict(run, HYBRID_NMI_EARLY), verdict(run, HYBRID_NMI_LATE)
-    assert early.status == late.status == "holds" and early.models == (HYBRID, CL, MIM)
+    assert early.status == late.status == "holds"
+    assert early.models == (HYBRID, MIM, CL) and late.models == (HYBRID, CL, MIM)
+    # how far from the middle, towards the one it is to be like
     assert early.effect.value == pytest.approx(0.525 - 0.45, abs=0.02)
     assert late.effect.value == pytest.approx(0.35 - 0.175, abs=0.02)
-    models[RANDOM] = {"nmi": curves(mixed, seed=4)}
-    assert verdict(make(tmp_path / "b", models), HYBRID_NMI_EARLY).status == "does not hold"
+    other = make(tmp_path / "b", {**models, HYBRID: of(turned, 3)})
+    assert verdict(other, HYBRID_NMI_EARLY).status == "does not hold"
+    assert verdict(other, HYBRID_NMI_LATE).status == "does not hold"
+    random = make(tmp_path / "c", {**models, RANDOM: of(mixed, 3)})
+    found = verdict(random, HYBRID_NMI_EARLY)
+    assert found.status == "does not hold" and found.baseline.of == HYBRID
+
+
+def test_nearer_is_not_told_where_the_two_are_alike(tmp_path):
+    from probekit.findings.park2023 import HYBRID_NMI_EARLY
+
+    models = {CL: {"nmi": curves(LOW, seed=1)}, MIM: {"nmi": curves(LOW, seed=2)}}
+    found = verdict(make(tmp_path / "a", {**models, HYBRID: {"nmi": curves(HIGH)}}), HYBRID_NMI_EARLY)
+    assert found.status == "can't tell" and found.effect is None
+    assert found.reason.startswith(f"'{MIM}' and '{CL}' are not told apart here: they differ by [-")
+    few = {name: {"nmi": curves(LOW, 5, seed=7)} for name in (CL, MIM, HYBRID)}
+    found = verdict(make(tmp_path / "b", few), HYBRID_NMI_EARLY)
+    assert found.status == "can't tell" and "at least 10 are needed" in found.reason
 
 
 # ------------------------------------------------------------------ fingerprint

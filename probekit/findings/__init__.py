@@ -22,6 +22,7 @@ _PLACES = {
     "judge": "finding",
     "combined": "finding",
     "Contrast": "contrast",
+    "Nearer": "contrast",
     "Quantity": "quantities",
     "LastLess": "quantities",
     "Rank": "quantities",

@@ -78,11 +78,15 @@ def _comparable(curves: Sequence[Curves]) -> None:
 
 def _note(curves: Sequence[Curves]) -> str:
     """Where the curves were taken at different places of an inner axis: other grids, other frequencies."""
-    places = list(dict.fromkeys(c.at for c in curves))
-    if len(places) < 2:
+    places = [c.at for c in curves if c.at]
+    if len(set(places)) > 1:
+        where = "the models' values were taken at different places, "
+    elif any(len(at) > 1 for at in places):
+        where = "the layers' values were taken at different places, "
+    else:
         return ""
-    texts = [" to ".join(f"{p:.3g}" for p in dict.fromkeys((at[0], at[-1]))) for at in places if at]
-    return f"the models' values were taken at different places, {' and '.join(texts)}"
+    texts = [" to ".join(f"{p:.3g}" for p in dict.fromkeys((at[0], at[-1]))) for at in dict.fromkeys(places)]
+    return where + " and ".join(texts)
 
 
 def _over_images(

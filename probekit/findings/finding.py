@@ -73,8 +73,13 @@ class Baseline:
 
     @property
     def passed(self) -> bool:
-        """Whether the trained model goes further: the interval excludes 0."""
+        """Whether the trained model goes further: the interval lies above 0."""
         return self.beyond.known and self.beyond.low > 0
+
+    @property
+    def failed(self) -> bool:
+        """Whether it does not: the interval holds nothing above 0."""
+        return self.beyond.known and self.beyond.high <= 0
 
 
 @dataclass(frozen=True)
@@ -138,26 +143,29 @@ def judge(effect: Effect, baselines: Sequence[Baseline] = (), **about: str | tup
     """The rules that turn an effect into a verdict.
 
     holds:         its interval lies above 0, and so does that of every baseline's `beyond`
-    does not hold: its interval lies below 0, or a model doesn't go beyond the untrained network
-    can't tell:    its interval includes 0, or one that is needed isn't known
+    does not hold: its interval lies below 0, or that of a `beyond` holds nothing above 0
+    can't tell:    an interval that is needed includes 0, or isn't known
 
     about: the verdict's `layers` and `models`
     """
-    lacking = next((b for b in baselines if not b.beyond.known), None)
-    equal = next((b for b in baselines if b.beyond.known and not b.passed), None)
+    failed = next((b for b in baselines if b.failed), None)
+    unsure = next((b for b in baselines if not b.passed), None)
     if not effect.known:
         status, reason = "can't tell", f"there is no interval: {effect.why or 'none is known'}"
     elif effect.low <= 0 <= effect.high:
         status, reason = "can't tell", "the interval includes 0"
     elif effect.high < 0:
         status, reason = "does not hold", "the difference is the other way round"
-    elif equal:
+    elif failed:
         status = "does not hold"
-        reason = f"'{equal.of}' does not go beyond the untrained network '{equal.model}'"
-    elif lacking:
-        why = lacking.beyond.why or "none is known"
+        reason = f"'{failed.of}' does not go beyond the untrained network '{failed.model}'"
+    elif unsure:
         status = "can't tell"
-        reason = f"there is no interval of how far '{lacking.of}' goes beyond '{lacking.model}': {why}"
+        reason = f"whether '{unsure.of}' goes beyond the untrained network '{unsure.model}': "
+        if unsure.beyond.known:
+            reason += "the interval includes 0"
+        else:
+            reason += f"there is no interval: {unsure.beyond.why or 'none is known'}"
     elif baselines:
         status, reason = "holds", "the interval excludes 0, also beyond the untrained network"
     else:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from probekit.findings.contrast import Contrast
+from probekit.findings.contrast import Contrast, Nearer
 from probekit.findings.finding import NotMeasured, Verdict
 from probekit.findings.quantities import Above, LastLess, Quantity, Rank
 from probekit.findings.spans import (
@@ -267,39 +267,34 @@ LATER_LAYERS_MATTER = Contrast(
 )
 
 
-def _hybrid(name: str, what: str, quantity: Quantity | str, late: str) -> tuple[Contrast, Contrast]:
-    """On MIM's side of the middle between CL and MIM in the first third, on CL's in the last.
-
-    late: whether CL's side is the ``lower`` or the ``higher`` one in later layers, as the paper has it; in
-          early layers MIM's is the higher one in every figure
-    """
+def _hybrid(name: str, what: str, quantity: Quantity | str) -> tuple[Nearer, Nearer]:
+    """Nearer to MIM than to CL in the first third, and the other way round in the last."""
     sentence = (
         '"CL and MIM can complement each other": the hybrid is like MIM in early and like CL in later layers '
         "(abstract and section 5, paraphrased; Fig. 12)"
     )
-    both = ("CL", "MIM")
-    early = Contrast(
+    early = Nearer(
         name=f"hybrid-{name}-early",
         claim=f"In early layers, the hybrid model is nearer to the MIM than to the CL model in {what}.",
         sentence=sentence,
         quantity=quantity,
-        higher="hybrid",
-        than=both,
+        of="hybrid",
+        to="MIM",
+        than="CL",
         over=FIRST_THIRD,
     )
-    above, below = ("hybrid", both) if late == "higher" else (both, "hybrid")
-    return early, Contrast(
+    return early, Nearer(
         name=f"hybrid-{name}-late",
         claim=f"In later layers, the hybrid model is nearer to the CL than to the MIM model in {what}.",
         sentence=sentence,
         quantity=quantity,
-        higher=above,
-        than=below,
+        of="hybrid",
+        to="CL",
+        than="MIM",
         over=LAST_THIRD,
-        attributed="hybrid",
     )
 
 
-HYBRID_PROBE_EARLY, HYBRID_PROBE_LATE = _hybrid("probe", "linear probing", "linear_probe", "higher")
-HYBRID_NMI_EARLY, HYBRID_NMI_LATE = _hybrid("nmi", "NMI", "nmi", "lower")
-HYBRID_FOURIER_EARLY, HYBRID_FOURIER_LATE = _hybrid("fourier", "frequency", _HIGH_FREQUENCY, "lower")
+HYBRID_PROBE_EARLY, HYBRID_PROBE_LATE = _hybrid("probe", "linear probing", "linear_probe")
+HYBRID_NMI_EARLY, HYBRID_NMI_LATE = _hybrid("nmi", "NMI", "nmi")
+HYBRID_FOURIER_EARLY, HYBRID_FOURIER_LATE = _hybrid("fourier", "frequency", _HIGH_FREQUENCY)

@@ -24,7 +24,8 @@ class LastLess:
 
 @dataclass(frozen=True)
 class Rank:
-    """The value at a rank, counted from 1, or the last where there are fewer; relative to another rank."""
+    """The value at a rank, counted from 1, or the last where there are fewer; relative to another rank, NaN
+    where there is no such one."""
 
     rank: int
     less: int | None = None
@@ -33,8 +34,11 @@ class Rank:
 
     def pick(self, values: np.ndarray, coordinate: np.ndarray) -> tuple[np.ndarray, float]:
         at = min(self.rank, values.shape[1])
-        relative = 0.0 if self.less is None else values[:, self.less - 1]
-        return values[:, at - 1] - relative, float(at)
+        if self.less is None:
+            return values[:, at - 1], float(at)
+        if self.less > values.shape[1]:
+            return np.full(len(values), np.nan), float(at)
+        return values[:, at - 1] - values[:, self.less - 1], float(at)
 
 
 @dataclass(frozen=True)

@@ -137,6 +137,8 @@ def _run(
         print_json({"checkpoint": str(folder / MODEL), **said})
         return
     typer.echo(f"  {summary(said)}")
+    if "not_held_out" in said:
+        typer.echo(f"  nothing said of held-out images: {tame(said['not_held_out'])}")
     typer.echo(
         f"  {tame(folder / MODEL)}" if said["finished"] else "  not finished: the same command goes on"
     )

@@ -75,7 +75,7 @@ def _untrained(recipe: FinetuneRecipe, model: Model, size: tuple[int, int] | Non
         return load_model(random, catalog, seed=recipe.seed, image_size=size).module
     path = Path(reference.weights or "")
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed)
+        torch.default_generator.manual_seed(recipe.seed)  # `torch.manual_seed` reseeds GPUs too
         module = trained.rebuild(trained.about(path), path).module
     return module.encoder if isinstance(module, Autoencoder) else module
 

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from accelerate.utils import gather_object
+from torch import Tensor, nn
 
 from probekit.datasets.dataset import Dataset
-from probekit.errors import UsageError
+from probekit.errors import DataError, UsageError
 from probekit.specs import Preprocessing
 from probekit.store.sealing import remove_temporaries
 from probekit.store.writing import RunLock
@@ -30,7 +31,7 @@ from probekit_train.objectives.supervised import Classification
 from probekit_train.pictures import Pictures, Share, normalised
 from probekit_train.recipe import Pretraining, SupervisedRecipe, Training
 from probekit_train.state import State
-from probekit_train.training import INTERVAL, Job, Listener, check_batch, train
+from probekit_train.training import INTERVAL, Job, Listener, check_batch, means, train
 from probekit_train.views import seed_everything
 
 OBJECTIVES: dict[str, Callable[..., nn.Module]] = {
@@ -179,9 +180,14 @@ def _finished(
         "images_seen": state.step * recipe.batch_size,
         "seconds": round(state.seconds, 1),
         "losses": final_losses(state),
-        "held_out": measured(job, held_out, accelerator) if held_out is not None else {},
+        "held_out": {},
         "versions": dict(versions()),
     }
+    if held_out is not None:
+        try:
+            said["held_out"] = measured(job, held_out, accelerator)
+        except DataError as error:  # the training is done, and its weights are good
+            said["not_held_out"] = error.message
     if accelerator.is_main_process:
         tensors = made.objective.exported()
         trained.write(job.folder / MODEL, tensors, said)
@@ -200,28 +206,37 @@ def final_losses(state: State) -> dict[str, float]:
 
 @torch.no_grad()
 def measured(job: Job, dataset: Dataset, accelerator: Accelerator) -> dict[str, float]:
-    """The losses on at most 1024 held-out images, views and masks fixed by the seed."""
+    """The losses on at most 1024 held-out images, views and masks fixed by the seed.
+
+    Every process takes its part of each batch, as in training. Raises DataError in all of them where one
+    can't read an image.
+    """
+    processes, rank = accelerator.num_processes, accelerator.process_index
     count = min(_HELD_OUT, len(dataset))
     size = min(job.recipe.batch_size // job.recipe.accumulate, count)
+    size -= size % processes
+    if not size:
+        return {}
     chosen = _Chosen(dataset, [number * len(dataset) // count for number in range(count)])
     recipe = job.recipe.model_copy(update={"batch_size": size, "accumulate": 1})
-    share = Share(Pictures(chosen), recipe, job.preprocessing.size[0])
+    share = Share(Pictures(chosen), recipe, job.preprocessing.size[0], rank=rank, processes=processes)
     job.objective.eval()
-    sums: dict[str, float] = {}
+    sums: dict[str, Tensor] = {}
     for number in range(count // size):
         part = share[number]
-        if isinstance(part, Exception):
-            raise part
+        unread = gather_object([str(part)] if isinstance(part, Exception) else [])
+        if unread:
+            raise DataError(unread[0])
         views, labels = part
-        seed_everything(recipe.seed, number, 3)
+        seed_everything(recipe.seed, number, 3, rank)
         batch = Batch(
             [normalised(view, job.preprocessing, accelerator.device) for view in views],
             None if labels is None else labels.to(accelerator.device),
         )
         for name, value in job.objective.losses(batch).items():
-            sums[name] = sums.get(name, 0.0) + float(value)
+            sums[name] = sums.get(name, 0) + value
     job.objective.train()
-    return {name: round(value / (count // size), 6) for name, value in sums.items()}
+    return {name: round(value, 6) for name, value in means(sums, count // size, accelerator).items()}
 
 
 class _Chosen(Dataset):

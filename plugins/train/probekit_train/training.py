@@ -153,7 +153,7 @@ def train(job: Job, accelerator: Accelerator, listen: Listener = lambda report: 
         if state.step % INTERVAL and state.step < job.steps:
             continue
         count = counted * recipe.accumulate
-        row = _row(sums, count, accelerator)
+        row = means(sums, count, accelerator)
         _check(row, state.step, path)
         now = time.monotonic()
         state.seconds = spent + now - began
@@ -217,8 +217,8 @@ def _step(
     optimizer.zero_grad(set_to_none=True)
 
 
-def _row(sums: dict[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
-    """Means over the steps since the last row and over processes, fetched at once."""
+def means(sums: dict[str, Tensor], count: int, accelerator: Accelerator) -> dict[str, float]:
+    """Of sums over `count` steps, and over processes; fetched at once."""
     if not sums:
         return {}
     values = torch.stack([value.float() for value in sums.values()]) / count

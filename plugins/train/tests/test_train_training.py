@@ -12,8 +12,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from probekit_train import trained
 from probekit_train.alarms import alarms
 from probekit_train.pictures import Order, Share
@@ -76,6 +78,23 @@ def test_masked_images_are_guessed_better_with_training(probekit, tmp_path):
             assert code == 0
             held_out.append(json.loads(out)["held_out"]["loss"])
         assert held_out[1] < 0.9 * held_out[0], objective
+
+
+def test_a_held_out_image_that_cannot_be_read_costs_the_held_out_loss_alone(probekit, tmp_path):
+    for split, count in (("train", 32), ("val", 8)):
+        (tmp_path / "images" / split / "a").mkdir(parents=True)
+        for number in range(count):
+            pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / split / "a" / f"{number}.png")
+    bad = tmp_path / "images" / "val" / "a" / "3.png"
+    bad.write_bytes(bad.read_bytes()[:60])
+    line = ["pretrain", "--objective", "simmim", "--dataset", f"folder:{tmp_path / 'images'}", *SMALL]
+    line += [*COARSE, "--set", "mask_unit=8", "--set", "epochs=1", "--out", str(tmp_path / "out")]
+    code, out, err = probekit(*line)
+    assert code == 0, err
+    assert "nothing said of held-out images" in out and "3.png" in " ".join(out.split()).replace(" ", "")
+    said = trained.about(tmp_path / "out" / "model.safetensors")
+    assert said["finished"] and said["held_out"] == {} and "3.png" in said["not_held_out"]
 
 
 # --- the same weights again
@@ -203,7 +222,7 @@ def test_any_module_of_this_shape_is_trained_with_chance_and_images_of_each_step
     assert len(set(drawn)) == len(set(seen)) == 12
 
 
-def test_two_processes_train_one_model(tmp_path):
+def test_two_processes_train_one_model(probekit, tmp_path):
     plugin = str(Path(__file__).parent / "tiny_pictures.py")
     launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
     launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
@@ -219,6 +238,9 @@ def test_two_processes_train_one_model(tmp_path):
     assert said["finished"] and said["images_seen"] == 128
     # at the start InfoNCE is about log 16: the keys of both processes, 8 of each, are told apart
     assert 2.2 < said["losses"]["info_nce"] < 4.0
+    # each process takes a part of the held-out images: what one process finds on all of them
+    code, out, _ = probekit(*line)
+    assert code == 0 and json.loads(out)["held_out"] == pytest.approx(said["held_out"], rel=1e-3)
     assert len(list(csv.DictReader((tmp_path / "log.csv").open()))) == 1
 
 
