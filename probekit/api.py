@@ -134,7 +134,16 @@ def probe(
                 raise DoesNotApply(next(iter(c.reasons.values()), "the model has no such layers"))
             values = {n: np.concatenate([p[n] for p in parts[source]]) for n in c.metric.dims}
             ids, of = [str(i) for i in taken[source]], len(images)
-            traces = Traces(values, c.rows, ids, None, c.constants, seed, of if len(ids) < of else 0)
+            traces = Traces(
+                values,
+                c.rows,
+                ids,
+                None,
+                c.constants,
+                seed,
+                of if len(ids) < of else 0,
+                image_size=watcher.anatomy.image_size,
+            )
             results[name] = metric.summarize(traces)
         except DoesNotApply as reason:
             if required:

@@ -273,7 +273,7 @@ def _made_up(metric: Metric) -> Traces:
 
         return Traces(
             values, taken.rows, ids, labels, taken.constants, 0, 0, ["a", "b", "c"],
-            cues={"shape": shapes, "texture": textures}, mask=mask,
+            cues={"shape": shapes, "texture": textures}, mask=mask, image_size=(48, 48),
         )  # fmt: skip
 
     train = traces(36, 3)

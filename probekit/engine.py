@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from probekit.attention import exact_float32
 from probekit.errors import DataError, DoesNotApply, MetricError, ProbekitError, UsageError
 from probekit.layer import Layer
 from probekit.metric import Metric, Row
@@ -86,9 +87,10 @@ class Collector:
             views = (
                 [layer] if self.metric.windows == "own" or "tokens" in self.metric.needs else layer.windows()
             )
-            if label not in self._described:
-                self._described[label] = _described(self.metric, views)
-            self._values[label] = self._measured(views, layer)
+            with exact_float32(layer._device):  # the forward around this may run in bfloat16
+                if label not in self._described:
+                    self._described[label] = _described(self.metric, views)
+                self._values[label] = self._measured(views, layer)
         except DoesNotApply as reason:
             self.reasons[label] = reason.message
         except ProbekitError as error:
@@ -192,25 +194,35 @@ def numerics(device: torch.device, dtype: str) -> Iterator[None]:
     """Forward passes in `dtype` (autocast below float32), denormals flushed, both put back afterwards.
 
     Swin's mask of -100 makes probabilities denormal, which slows products with them 50 times on a CPU.
+    cuDNN's convolutions take TF32 for float32 unless told otherwise.
     """
     flushed = float(torch.tensor([1e-39]) * 0.5) == 0.0
+    convolutions = torch.backends.cudnn.conv
+    precision = convolutions.fp32_precision
     torch.set_flush_denormal(True)
     try:
+        if dtype == "float32":
+            convolutions.fp32_precision = "ieee"
         with torch.autocast(device.type, dtype=DTYPES[dtype], enabled=dtype != "float32"):
             yield
     finally:
+        convolutions.fp32_precision = precision
         torch.set_flush_denormal(flushed)
 
 
 @contextmanager
-def within_memory(batch: Tensor) -> Iterator[None]:
-    """Turns the device's lack of memory into `DataError` with a smaller batch as the way out."""
+def within_memory(device: torch.device, images: int = 0) -> Iterator[None]:
+    """Turns the device's lack of memory into `DataError` with a way out.
+
+    images: how many are forwarded at once; 0 while the model is put there and its plan made
+    """
     try:
         yield
     except torch.OutOfMemoryError as error:
+        what = f"{images} images at once" if images else "the model and two images"
         raise DataError(
-            f"{len(batch)} images at once don't fit into the memory of '{batch.device}'",
-            hint=f"--batch-size {max(1, len(batch) // 2)}",
+            f"{what} don't fit into the memory of '{device}'",
+            hint=f"--batch-size {max(1, images // 2)}" if images else "--device cpu",
         ) from error
 
 
@@ -239,9 +251,15 @@ def collector(metric: Metric, source: Source) -> Collector:
     """A collector for a metric, its layer axis taken from the watched model or the capture."""
     rows = {"tokens": source.site_rows, "output": source.output_rows}
     axis = next((rows[need] for need in metric.needs if need in rows), source.layer_rows)
-    made = Collector(metric, list(metric.rows(axis())))
+    made = Collector(metric, [])
+    every = axis()
     try:
+        made.rows = list(metric.rows(every))
         made.visitor.captures  # noqa: B018  says so where a layer has no such field
+    except DoesNotApply as reason:
+        made.reasons[""] = reason.message
     except ProbekitError as error:
-        made.failure = Failure(f"{error.message}; {error.hint}")
+        made.failure = Failure(f"{error.message}; {error.hint}" if error.hint else error.message)
+    except Exception as error:
+        made.failure = Failure(f"'rows' raised {type(error).__name__}: {error}", traceback.format_exc())
     return made

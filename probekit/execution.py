@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from probekit.engine import pick_device
-from probekit.errors import DataError, DoesNotApply, ProbekitError
+import torch
+
+from probekit.engine import Collector, Failure, pick_device
+from probekit.errors import DataError, DoesNotApply, PluginError, ProbekitError
 from probekit.events import Event, Listener, nobody
 from probekit.finishing import compare_models, contained, end_metric, store_result
 from probekit.grid import Grid, Resolved
@@ -28,7 +31,7 @@ from probekit.plugins.catalog import Catalog, Entry
 from probekit.store.cells import CellFolder, Outcome, require_same
 from probekit.store.runfolder import Run, create_run
 from probekit.store.writing import RunLock
-from probekit.subject import Live, Subject, View, default_batch, open_dataset, versions
+from probekit.subject import Live, Subject, View, default_batch, device_name, open_dataset, versions
 
 
 @dataclass(frozen=True)
@@ -106,22 +109,37 @@ def run_cell(
     """Do what is missing of one cell. What fails in it is recorded; what no cell can survive is raised."""
     try:
         _Cell(folder, load, metrics, grid, listen).run()
-    except ProbekitError as error:
-        if not error.contained:
+    except Exception as error:
+        failure, details = error, ""
+        if not isinstance(error, ProbekitError):  # the model's own
+            failure = PluginError(f"{type(error).__name__}: {error}", hint="`--debug` shows where")
+            failure.__cause__, details = error, "".join(traceback.format_exception(error))
+        if not failure.contained:
             raise
         for chosen in metrics:
             if folder.outcome(str(chosen.entry.ref)).status != "done":
-                folder.end(str(chosen.entry.ref), Outcome("failed", error.message, error.hint or ""))
-        listen(Event("cell-failed", folder.model, folder.dataset, text=str(error), error=error))
+                outcome = Outcome("failed", failure.message, failure.hint or "", details)
+                folder.end(str(chosen.entry.ref), outcome)
+        listen(Event("cell-failed", folder.model, folder.dataset, text=str(failure), error=failure))
 
 
 def finish_run(run: Run, metrics: Sequence[Chosen], listen: Listener) -> Run:
     """When all cells are measured: the metrics that compare their models."""
     for chosen in metrics:
         if chosen.metric.others:
-            entry, metric = chosen.measured
-            compare_models(run, chosen.entry, chosen.metric, (str(entry.ref), metric.version), listen)
+            compare_models(run, chosen.entry, chosen.metric, chosen.measured, listen)
     return run
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A loaded cell: what cell.json said before, what is to be done, and how what can't be tried ended."""
+
+    subject: Subject
+    identity: dict[str, Any]
+    before: dict[str, Any] | None
+    jobs: list[Job]
+    ended: list[tuple[Entry, Outcome]]
 
 
 @dataclass
@@ -133,15 +151,19 @@ class _Cell:
     listen: Listener
 
     def run(self) -> None:
-        subject, identity, before, jobs = self._prepare()
-        self._measure(subject, identity, before, _passes(jobs))
+        plan = self._prepare()
+        for entry, outcome in plan.ended:
+            if self.folder.outcome(str(entry.ref)).status != "done":
+                self._end(entry, outcome)
+        self._measure(plan)
         about = self.folder.read()
-        for job in jobs:
-            self._finish(job, subject, about)
+        for job in plan.jobs:
+            self._finish(job, plan.subject, about)
         self.listen(Event("cell-done", self.folder.model, self.folder.dataset))
 
     def forecast(self) -> Forecast:
-        subject, _, _, jobs = self._prepare()
+        plan = self._prepare()
+        subject, jobs = plan.subject, plan.jobs
         kept, seconds, remaining, count = 0, 0.0, 0, 0
         for measurements in _passes(jobs):
             wanted = [m for m in measurements if m.missing]
@@ -156,18 +178,36 @@ class _Cell:
         where = self.folder.model, self.folder.dataset
         return Forecast(*where, total, remaining, names, skipped, kept, seconds, count)
 
-    def _prepare(self) -> tuple[Subject, dict[str, Any], dict[str, Any] | None, list[Job]]:
+    def _prepare(self) -> _Plan:
+        """What there is to do. Writes nothing: a dry run asks too."""
         subject = self.load()
         identity = subject.identity()
         before = self.folder.read()
         if before is not None:
             require_same(self.folder, before["identity"], identity)
-        return subject, identity, before, self._jobs(subject, identity)
+        return _Plan(subject, identity, before, *self._jobs(subject, identity))
+
+    def _go_on(self, before: Mapping[str, Any], subject: Subject) -> None:
+        """Write this device and these versions beside those that measured until now."""
+        now = {"device": device_name(subject.device), **versions()}
+        then = {"device": before["device"], **before["versions"]}
+        both = {key: _joined(then.get(key), value) for key, value in now.items()}
+        changed = [key for key in ("device", "torch", "vit-probekit") if both[key] != then.get(key)]
+        if changed:
+            texts = [f"{key} was {then.get(key)}, is {now[key]}" for key in changed]
+            text = f"{'; '.join(texts)}: numbers may differ in their last digits"
+            self.listen(Event("warning", *self._names, text=text))
+        if both != {key: then.get(key) for key in both}:
+            device = both.pop("device")
+            said = {"device": device, "versions": {**before["versions"], **both}}
+            self.folder.write({**before, **said})
 
     # ------------------------------------------------------------------ what is needed
 
-    def _jobs(self, subject: Subject, identity: dict[str, Any]) -> list[Job]:
-        """One for each metric that can be tried; of the others it is recorded why not."""
+    def _jobs(
+        self, subject: Subject, identity: dict[str, Any]
+    ) -> tuple[list[Job], list[tuple[Entry, Outcome]]]:
+        """One for each metric that can be tried; of the others how they ended."""
         shared: dict[tuple[str, str], Measurement] = {}
 
         def of(chosen: Chosen, view: View) -> Measurement:
@@ -177,22 +217,25 @@ class _Cell:
                 shared[key] = measurement(entry, metric, view, subject.view(view), self.folder, identity)
             return shared[key]
 
-        jobs = []
-        for chosen in self.metrics:
+        def begin(chosen: Chosen) -> Outcome:
             if reason := _lacking(subject, chosen):
-                if self.folder.outcome(str(chosen.entry.ref)).status != "done":
-                    self._end(chosen.entry, Outcome("does not apply", reason))
-                continue
+                return Outcome("does not apply", reason)
             train = "train" in chosen.metric.requires
+            owner = (chosen.entry, chosen.metric) if chosen.source is not None else None
             varied = {
                 v.name: (
-                    of(chosen, View("measured", v)),
-                    of(chosen, View("train", v)) if train and v.train else None,
+                    of(chosen, View("measured", v, owner)),
+                    of(chosen, View("train", v, owner)) if train and v.train else None,
                 )
                 for v in chosen.metric.variations()
             }
             own = of(chosen, View())
             jobs.append(Job(chosen, own, of(chosen, View("train")) if train else None, varied))
+            return Outcome("unfinished")
+
+        jobs: list[Job] = []
+        begun = [(chosen.entry, contained(partial(begin, chosen), "it")) for chosen in self.metrics]
+        ended = [(entry, outcome) for entry, outcome in begun if outcome.status != "unfinished"]
         # one that has no meaning here is not measured again, unless another metric wants the same traces
         wanted = {id(m): m for job in jobs if not self._meaningless(job) for m in job.measurements}
         for m in wanted.values():
@@ -200,7 +243,7 @@ class _Cell:
             for problem in problems:
                 text = f"{problem}: measured again"
                 self.listen(Event("warning", *self._names, str(m.entry.ref), text))
-        return jobs
+        return jobs, ended
 
     @property
     def _names(self) -> tuple[str, str]:
@@ -220,21 +263,28 @@ class _Cell:
         done = self._outcome(job).status == "done" and self.folder.result(job.name).exists()
         return done or self._meaningless(job)
 
+    def _unfinished(self, job: Job) -> bool:
+        """Whether this process has to measure or summarise for it."""
+        if job.metric.others:  # summarised when all models are there
+            return any(m.missing for m in job.measurements)
+        return not self._settled(job)
+
     # ------------------------------------------------------------------ the passes
 
-    def _measure(
-        self,
-        subject: Subject,
-        identity: dict[str, Any],
-        before: dict[str, Any] | None,
-        passes: Sequence[Sequence[Measurement]],
-    ) -> None:
+    def _measure(self, plan: _Plan) -> None:
+        subject, identity, before, passes = plan.subject, plan.identity, plan.before, _passes(plan.jobs)
         batch_size = self.grid.batch_size or (before or {}).get("batch_size")
         batch_size = batch_size or default_batch(subject.device, identity["preprocessing"]["size"])
-        if before is None:
+        if before is None or any(map(left_to_do, passes)):
             with subject.active():
                 source, _ = subject.watch()
-                self.folder.write({"identity": identity, **subject.about(source, batch_size)})
+            about = subject.about(source, batch_size)
+            if before is None:
+                self.folder.write({"identity": identity, **about})
+            else:
+                require_same(self.folder, *map(_architecture, (before["anatomy"], about["anatomy"])))
+        if before is not None and any(map(self._unfinished, plan.jobs)):
+            self._go_on(before, subject)
         shown = {id(group): subject.view(group[0].view) for group in passes}
         total = sum(len(view.indices) for view in shown.values())
         done = total - sum(map(images_to_do, passes))
@@ -248,7 +298,7 @@ class _Cell:
                 self._pass(view, measurements, runner)
 
     def _pass(self, view: Subject, measurements: Sequence[Measurement], runner: PassRunner) -> None:
-        self.listen(Event("pass", *self._names, text=measurements[0].view.name))
+        self.listen(Event("pass", *self._names, text=measurements[0].view.title))
         try:
             with view.active():
                 source, _ = view.watch()
@@ -259,6 +309,19 @@ class _Cell:
             for m in measurements:
                 m.missing = []
                 m.traces.write_absent(reason.message)
+        except Exception as error:
+            change = measurements[0].view.variation
+            if change is None or isinstance(error, torch.OutOfMemoryError):
+                raise
+            if isinstance(error, ProbekitError):
+                if not error.contained:
+                    raise
+                failure = Failure("; ".join(filter(None, (error.message, error.hint))))
+            else:
+                text = f"variation '{change.name}' raised {type(error).__name__}: {error}"
+                failure = Failure(text, traceback.format_exc())
+            for m in measurements:  # other metrics are measured without the change
+                m.collector = Collector(m.metric, [], failure)
 
     # ------------------------------------------------------------------ results
 
@@ -275,21 +338,19 @@ class _Cell:
 
     def _summarise(self, job: Job, subject: Subject, about: dict[str, Any]) -> Outcome:
         started = time.perf_counter()
-        traces = self._traces(job, subject)
+        traces = self._traces(job, subject, tuple(about["anatomy"]["image_size"]))
         if not len(traces):
             raise DataError(f"no image of dataset '{self.folder.dataset}' can be read")
-        entry, metric = job.chosen.measured
-        traced = str(entry.ref), metric.version
-        store_result(self.folder, job.entry, job.metric.summarize(traces), about, traced)
+        store_result(self.folder, job.entry, job.metric.summarize(traces), about, job.chosen.measured)
         return Outcome("done", images=len(traces), seconds=time.perf_counter() - started)
 
-    def _traces(self, job: Job, subject: Subject) -> Traces:
+    def _traces(self, job: Job, subject: Subject, image_size: tuple[int, int]) -> Traces:
         mapped = job.chosen.source is not None
 
         def read(m: Measurement, train: Measurement | None = None) -> Traces:
             shown = subject.view(m.view)
             traces = shown.completed(m.read(shown, self.grid.seed, mapped=mapped))
-            return replace(traces, train=read(train)) if train is not None else traces
+            return replace(traces, image_size=image_size, train=read(train) if train is not None else None)
 
         varied = {name: read(*pair) for name, pair in job.variations.items() if not pair[0].traces.absent}
         return replace(read(job.own, job.train), variations=varied)
@@ -305,6 +366,23 @@ def _passes(jobs: Sequence[Job]) -> list[list[Measurement]]:
         for m in job.measurements:
             found.setdefault(m.view.name, {})[id(m)] = m
     return [list(group.values()) for group in found.values()]
+
+
+def _architecture(anatomy: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a stored anatomy has to stay while a cell is measured; positions may differ by rounding."""
+    return {
+        "layers": [layer["name"] for layer in anatomy["layers"]],
+        **{f"{layer['name']} {key}": layer[key] for layer in anatomy["layers"] for key in _FIXED},
+    }
+
+
+_FIXED = ("heads", "width", "prefix", "grid", "windows", "kind", "role", "part", "stage")
+
+
+def _joined(before: str | None, now: str) -> str:
+    """``cpu, NVIDIA H100``: each once, in the order they came."""
+    said = before.split(", ") if before else []
+    return before if now in said else ", ".join([*said, now])
 
 
 def _lacking(subject: Subject, chosen: Chosen) -> str:

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 from probekit.errors import DoesNotApply, ProbekitError
 from probekit.events import Event, Listener
 from probekit.metric import Metric, Traces
+from probekit.passes import tag_of
 from probekit.plugins.catalog import Entry
 from probekit.store.cells import CellFolder, Outcome, TraceFolder, identity_hash
 from probekit.store.results import write_result
 from probekit.store.runfolder import Run, shard_size
-from probekit.store.writing import read_shard
+from probekit.store.writing import shard_problem
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -27,15 +28,16 @@ def store_result(
     entry: Entry,
     result: xr.Dataset,
     about: Mapping[str, Any],
-    traced: tuple[str, int],
+    traced: tuple[Entry, Metric],
 ) -> None:
     """Seal a metric's result with where it comes from.
 
-    about: what the cell's file says; traced: name and version of the metric whose traces it was made from
+    about: what the cell's file says; traced: the metric whose traces it was made from
     """
+    source, measured = traced
     result.attrs.update(
-        source=traced[0],
-        source_version=traced[1],
+        source=str(source.ref),
+        source_version=measured.version,
         model=folder.model,
         dataset=folder.dataset,
         objective=about["objective"],
@@ -58,7 +60,7 @@ def end_metric(folder: CellFolder, entry: Entry, outcome: Outcome, identity: str
     listen(Event("metric", folder.model, folder.dataset, name, outcome.reason, outcome=outcome))
 
 
-def contained(make: Callable[[], Outcome]) -> Outcome:
+def contained(make: Callable[[], Outcome], who: str = "'summarize'") -> Outcome:
     """The outcome `make` gives, or what went wrong in it. Raises what no cell can survive."""
     try:
         return make()
@@ -68,8 +70,8 @@ def contained(make: Callable[[], Outcome]) -> Outcome:
         if not error.contained:
             raise
         return Outcome("failed", error.message, error.hint or "")
-    except Exception as error:
-        text = f"'summarize' raised {type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:
+        text = f"{who} raised {type(error).__name__}: {error}"
         return Outcome("failed", text, "", traceback.format_exc())
 
 
@@ -82,18 +84,21 @@ class _Held:
     identity: str
 
     def read(self, seed: int) -> Traces:
-        return self.traces.read(self.about["ids"], self.about["labels"], seed, mapped=True)
+        traces = self.traces.read(self.about["ids"], self.about["labels"], seed, mapped=True)
+        return replace(traces, image_size=tuple(self.about["anatomy"]["image_size"]))
 
 
-def compare_models(run: Run, entry: Entry, metric: Metric, traced: tuple[str, int], listen: Listener) -> None:
+def compare_models(
+    run: Run, entry: Entry, metric: Metric, traced: tuple[Entry, Metric], listen: Listener
+) -> None:
     """Summarise a metric that looks at all models of a run (`Metric.others`), where one is new.
 
-    traced: name and version of the metric whose traces it takes
+    traced: the metric whose traces it takes
     """
     for dataset in run.datasets:
         held = {model: _held(run, model, dataset, traced) for model in run.models}
         complete = {model: one for model, one in held.items() if one is not None}
-        tag = {"metric": entry.qualified, "version": metric.version, "options": dict(entry.options)}
+        tag = tag_of(entry, metric)
         together = {model: one.identity for model, one in complete.items()}
         for model, one in complete.items():
             folder, name = run.folder(model, dataset), str(entry.ref)
@@ -113,7 +118,7 @@ def _compared(
     folder: CellFolder,
     entry: Entry,
     metric: Metric,
-    traced: tuple[str, int],
+    traced: tuple[Entry, Metric],
     one: _Held,
     rest: Mapping[str, _Held],
     seed: int,
@@ -124,19 +129,19 @@ def _compared(
     return Outcome("done", images=len(traces), seconds=time.perf_counter() - started)
 
 
-def _held(run: Run, model: str, dataset: str, traced: tuple[str, int]) -> _Held | None:
+def _held(run: Run, model: str, dataset: str, traced: tuple[Entry, Metric]) -> _Held | None:
+    """A model's traces of a metric, if they are complete and of this version of it."""
+    entry, metric = traced
     folder, about = run.folder(model, dataset), run.about(model, dataset)
     if not about:
         return None
     count = len(about["ids"])
-    traces = TraceFolder(folder.trace(*traced), {}, count, shard_size(count))
+    tag = {"cell": identity_hash(about["identity"]), **tag_of(entry, metric)}
+    path = folder.trace(str(entry.ref), metric.version)
+    traces = TraceFolder(path, tag, count, shard_size(count))
     if traces.rows() is None:
         return None
     traces = traces.as_written()
-    if not all(traces.shard(k).exists() for k in traces.shards):
+    if any(shard_problem(traces.shard(k), traces.expected(k)) for k in traces.shards):
         return None
-    said = read_shard(traces.shard(traces.shards[0]), []).attrs
-    return _Held(traces, about, identity_hash({k: said[k] for k in sorted(said) if k not in _OF_SHARD}))
-
-
-_OF_SHARD = {"start", "stop", "bad"}
+    return _Held(traces, about, identity_hash(tag))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from probekit.errors import MetricError, ProbekitError
+from probekit.errors import MetricError, PluginError, ProbekitError
 from probekit.metric import Metric
-from probekit.passes import Measurement, source_of
+from probekit.passes import Measurement, tag_of
 from probekit.plugins.catalog import Catalog, Entry
 from probekit.store.cells import identity_hash
 
@@ -62,26 +62,36 @@ class Job:
         if self.chosen.source is None and len(self.measurements) == 1:
             return self.own.identity
         return identity_hash(
-            {
-                "metric": self.entry.qualified,
-                "version": self.metric.version,
-                "options": dict(self.entry.options),
-                **source_of(self.entry, self.metric),
-                "traces": [m.identity for m in self.measurements],
-            }
+            {**tag_of(self.entry, self.metric), "traces": [m.identity for m in self.measurements]}
         )
 
 
 def choose_metrics(entries: Sequence[Entry], catalog: Catalog) -> list[Chosen]:
-    """The metrics that entries name, each with the one it draws on."""
+    """The metrics that entries name, each with the one it draws on. One that is broken fails in each cell."""
     found = []
     for entry in entries:
-        metric, source = make_metric(entry, catalog), None
-        if metric.source:
-            where = catalog.metric(metric.source)
-            source = where, make_metric(where, catalog)
+        try:
+            metric, source = make_metric(entry, catalog), None
+            if metric.source:
+                where = catalog.metric(metric.source)
+                source = where, make_metric(where, catalog)
+        except (MetricError, PluginError) as error:
+            metric, source = _Broken(error), None
         found.append(Chosen(entry, metric, source))
     return found
+
+
+class _Broken(Metric):
+    """In the place of a metric that can't be made: says why before anything is measured."""
+
+    needs, dims = frozenset(), {}
+
+    def __init__(self, error: ProbekitError):
+        super().__init__()
+        self._error = error
+
+    def sample(self, count: int, labels: Sequence[int] | None) -> Sequence[int] | None:
+        raise self._error
 
 
 def make_metric(entry: Entry, catalog: Catalog) -> Metric:
@@ -94,9 +104,10 @@ def make_metric(entry: Entry, catalog: Catalog) -> Metric:
         )
     except ProbekitError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MetricError(
-            f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}"
+            f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}",
+            hint=f"`probekit plugins check {entry.pack}` shows all that is wrong",
         ) from error
     if not complete:
         raise MetricError(

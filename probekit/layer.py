@@ -121,10 +121,12 @@ class Layer:
     def attention_full(self) -> Tensor:
         """The model's own probabilities with prefix tokens, (B, H, prefix + N, prefix + K), rows sum to 1.
 
-        Not defined on windows.
+        Raises `DoesNotApply` for windows, and where keys are padding, which is neither patch nor prefix.
         """
         if self.info.windows > 1 or self.info.masked:
             raise DoesNotApply(f"'{self.info.name}' has windowed attention and no single full map")
+        if self.info.padded:
+            raise DoesNotApply(f"'{self.info.name}' attends to padding: its full map is not of tokens alone")
         group = self._spatial().groups[0]
         full = self._get("scores").full()
         q, k = (
@@ -211,7 +213,7 @@ class Layer:
         return self._get("output").float()
 
     def prefix_tokens(self, site: str = "tokens") -> Tensor:
-        """Prefix tokens (CLS first) of `site`, (B, P, C)."""
+        """Prefix tokens of `site` in the model's order, (B, P, C)."""
         return self._get(f"prefix:{site}")
 
     # ------------------------------------------------------------------ windows

@@ -135,6 +135,7 @@ class Traces:
     class_of:   what number a class of another dataset has here, by its name; None for none
     device:     where heavy sums may be done: the run's device
     mask:       position of an image -> (rows, cols) class map at the network's input size, -1 to ignore
+    image_size: rows and columns of the network's input; None where nobody says
     """
 
     values: Mapping[str, np.ndarray]
@@ -152,6 +153,7 @@ class Traces:
     mask: Callable[[int], np.ndarray] | None = None
     class_of: Callable[[str], int | None] | None = None
     device: str = "cpu"
+    image_size: tuple[int, int] | None = None
 
     def __getitem__(self, name: str) -> np.ndarray:
         return self.values[name]

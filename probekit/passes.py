@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import inspect
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +12,7 @@ import numpy as np
 from probekit.engine import Collector, collector, measure_batch, within_memory
 from probekit.events import Event, Listener
 from probekit.metric import Metric, Traces
-from probekit.plugins.catalog import Entry
+from probekit.plugins.catalog import Entry, source_of
 from probekit.store.cells import MEASURED, CellFolder, TraceFolder, identity_hash
 from probekit.store.runfolder import shard_size
 from probekit.store.writing import Writer, remove_temporaries
@@ -56,15 +53,11 @@ def measurement(
     """A metric's traces under a view. `identity` is the cell's, `subject` shows the view's images."""
     ids, labels = subject.listed()
     sample = metric.sample(len(ids), labels)
-    tag = {
-        "cell": identity_hash(identity),
-        "metric": entry.qualified,
-        "version": metric.version,
-        "options": dict(entry.options),
-        **source_of(entry, metric),
-    }
+    tag = {"cell": identity_hash(identity), **tag_of(entry, metric)}
     if view.name != MEASURED:
         tag["view"] = view.name
+    if view.owner is not None:  # a variation's name tells apart what its options choose
+        tag["varied by"] = {k: v for k, v in tag_of(*view.owner).items() if k != "options"}
     if view.split == "train":
         tag["images"] = subject.identity()["images"]
     path = cell.trace(str(entry.ref), metric.version, view.name)
@@ -72,11 +65,10 @@ def measurement(
     return Measurement(entry, metric, view, TraceFolder(path, tag, len(ids), shard_size(len(ids)), chosen))
 
 
-def source_of(entry: Entry, metric: Metric) -> dict[str, str]:
-    """A metric from a file has no version to rely on: what it computes is the file's content."""
-    if entry.version:
-        return {}
-    return {"source": hashlib.sha256(Path(inspect.getfile(type(metric))).read_bytes()).hexdigest()[:16]}
+def tag_of(entry: Entry, metric: Metric) -> dict[str, Any]:
+    """All of a metric that its numbers depend on."""
+    said = {"metric": entry.qualified, "version": metric.version, "options": dict(entry.options)}
+    return said | source_of(entry, type(metric))
 
 
 def left_to_do(measurements: Sequence[Measurement]) -> list[int]:
@@ -142,10 +134,10 @@ class PassRunner:
         for batch in self.subject.batches([indices[i] for i in wanted], self.batch_size, self.workers):
             bad += [{"index": place[b.index], "id": b.id, "reason": b.reason} for b in batch.bad]
             if len(batch):
-                pixels = batch.pixels.to(self.subject.device, non_blocking=True)
                 here = [place[i] for i in batch.indices]
                 chosen = [[n for n, i in enumerate(here) if i in images] for images in held]
-                with within_memory(pixels):
+                with within_memory(self.subject.device, len(batch)):
+                    pixels = batch.pixels.to(self.subject.device, non_blocking=True)
                     found = measure_batch(source, pixels, [m.collector for m in active], chosen)
                 for number, values in enumerate(found):
                     if chosen[number]:

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from probekit.anatomy import Anatomy
 from probekit.datasets import images as image_loading
 from probekit.datasets.dataset import BadImage, Dataset, select
-from probekit.engine import numerics
-from probekit.errors import DataError, WatchError
+from probekit.engine import numerics, within_memory
+from probekit.errors import DataError, PluginError, WatchError
 from probekit.events import Event, Listener
 from probekit.grid import Grid
 from probekit.layer import Layer
 from probekit.metric import Metric, Row, Traces, Variation
 from probekit.models.model import Model, load_model
-from probekit.plugins.catalog import Catalog, Entry
+from probekit.names import slug
+from probekit.plugins.catalog import Catalog, Entry, source_of
+from probekit.plugins.loading import blamed
 from probekit.specs import ModelSpec, Preprocessing
 from probekit.store.cells import MEASURED
 from probekit.watch import Visitor, Watcher
@@ -91,16 +93,35 @@ class Subject(Protocol):
 
 @dataclass(frozen=True)
 class View:
-    """Which images a pass shows, and with which change."""
+    """Which images a pass shows, and with which change.
+
+    owner: the metric whose variation it is, where another one is measured under it
+    """
 
     split: Literal["measured", "train"] = "measured"
     variation: Variation | None = None
+    owner: tuple[Entry, Metric] | None = None
 
     @property
     def name(self) -> str:
-        """Of its folder: ``all``, ``train``, ``all~noise-0.30``."""
-        images = MEASURED if self.split == "measured" else self.split
-        return f"{images}~{self.variation.name}" if self.variation else images
+        """Of its folder: ``all``, ``train``, ``all~reinit~last-1``: two metrics may name variations alike."""
+        if self.owner is None:
+            return self.title
+        entry, _ = self.owner
+        return f"{self._images}~{slug(entry.name if entry.built_in else entry.qualified)}{self._change}"
+
+    @property
+    def title(self) -> str:
+        """For people: ``all~last-1``."""
+        return f"{self._images}{self._change}"
+
+    @property
+    def _images(self) -> str:
+        return MEASURED if self.split == "measured" else self.split
+
+    @property
+    def _change(self) -> str:
+        return f"~{self.variation.name}" if self.variation else ""
 
 
 @dataclass
@@ -166,7 +187,8 @@ class Live:
     def identity(self) -> dict[str, Any]:
         split = self.shown.split
         if split not in self._fingerprints:
-            self._fingerprints[split] = self.dataset.fingerprint(self.indices)
+            with blamed(f"dataset '{self.dataset.name}'"):
+                self._fingerprints[split] = self.dataset.fingerprint(self.indices)
         return {
             "model": self.model_name,
             "weights": self.model.weights.sha256,
@@ -175,6 +197,7 @@ class Live:
             "count": len(self.indices),
             "preprocessing": self.preprocessing.model_dump(mode="json"),
             "dtype": self.grid.dtype,
+            **source_of(self.entry, self.catalog.resolve_target(self.entry)),
         }
 
     def lacks(self, metric: Metric) -> str:
@@ -277,14 +300,15 @@ class Live:
                 break
         if not found:
             raise DataError(f"no image of dataset '{self.dataset_name}' can be read")
-        pixels = torch.stack(found).to(self.device)
-        watcher = Watcher(
-            self.model.module.to(self.device),
-            pixels,
-            forward=self.model.forward,
-            declared_parts=self.model.declared.parts if self.model.declared else None,
-            allow_unwatched=self.grid.allow_unwatched,
-        )
+        with within_memory(self.device):
+            pixels = torch.stack(found).to(self.device)
+            watcher = Watcher(
+                self.model.module.to(self.device),
+                pixels,
+                forward=self.model.forward,
+                declared_parts=self.model.declared.parts if self.model.declared else None,
+                allow_unwatched=self.grid.allow_unwatched,
+            )
         check_spec(self.model.spec, watcher.anatomy)
         for warning in watcher.anatomy.warnings:
             self.listen(Event("warning", self.model_name, self.dataset_name, text=warning))
@@ -353,8 +377,14 @@ def check_spec(spec: ModelSpec | None, anatomy: Anatomy) -> None:
 
 def open_dataset(entry: Entry, catalog: Catalog) -> Dataset:
     """The dataset an entry names. Raises `DataError`, `PluginError` or `UsageError`."""
-    dataset = catalog.resolve_target(entry)(entry.ref.argument, **entry.options)
-    dataset.check()
+    who = f"dataset '{entry.ref}' of '{entry.owner}'"
+    load = catalog.resolve_target(entry)
+    with blamed(who):
+        dataset = load(entry.ref.argument, **entry.options)
+        if not isinstance(dataset, Dataset):
+            given = type(dataset).__name__
+            raise PluginError(f"{who} is a '{given}'", hint="its target has to return a probekit.Dataset")
+        dataset.check()
     return dataset
 
 

@@ -167,7 +167,7 @@ class TinyViT(nn.Module):
     ):
         super().__init__()
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             self.patch = nn.Conv2d(3, width, patch, patch)
             self.prefix = nn.Parameter(torch.randn(1, prefix, width))
             self.blocks = nn.ModuleList(TinyBlock(width, heads, attend) for _ in range(depth))

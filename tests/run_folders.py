@@ -135,6 +135,7 @@ def make_run(
     bad: Sequence[Mapping[str, Any]] = (),
     prefix: str = "image",
     about: Mapping[str, Any] | None = None,
+    fingerprint: str = "",
 ) -> Run:
     """A run folder as the engine leaves it.
 
@@ -143,6 +144,7 @@ def make_run(
     shards:   by (model, metric), for cells that were interrupted after so many shards
     bad:      images (index, id, reason) that could not be read, left out of every trace
     about:    more for every cell.json
+    fingerprint: of the images, by default the same for the same place in `datasets`
     """
     settings = {
         "limit": None,
@@ -171,7 +173,7 @@ def make_run(
                 "model": model,
                 "weights": f"{m + 1:064x}",
                 "dataset": dataset,
-                "images": f"{d + 10:032x}",
+                "images": fingerprint or f"{d + 10:032x}",
                 "count": images,
                 "preprocessing": {"mean": [0.485, 0.456, 0.406], "size": [224, 224], "crop_pct": 0.875},
                 "dtype": "float32",
@@ -216,9 +218,10 @@ def _cell(
     summarise: bool,
 ) -> None:
     metric = METRICS[name.split(":")[0]]()
-    tag = {"cell": identity_hash(identity), "metric": f"probekit/{name}", "version": 1, "options": {}}
+    said = {"metric": f"probekit/{name.partition(':')[0]}", "version": metric.version, "options": {}}
+    tag = {"cell": identity_hash(identity), **said}
     count = len(traces)
-    where = TraceFolder(folder.trace(name, 1), tag, count, shard_size(count))
+    where = TraceFolder(folder.trace(name, metric.version), tag, count, shard_size(count))
     where.write_rows(traces.rows, {n: np.asarray(v) for n, v in traces.constants.items()}, {})
     gone = {b["index"] for b in bad}
     for number, span in enumerate(where.ranges):

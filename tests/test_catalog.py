@@ -143,6 +143,11 @@ def test_a_built_in_name_imports_no_plugin(site):
         ("@hookimpl\ndef probekit_metrics(): return 1 / 0", "call", "ZeroDivisionError"),
         ("@hookimpl\ndef probekit_metrics(): raise SystemExit", "call", "SystemExit"),
         ("@hookimpl\ndef probekit_metrics(): pass", "call", "returned None"),
+        (
+            f"@hookimpl\ndef probekit_metrics(): return {metric('x')}",
+            "call",
+            "TypeError: it returned one spec; it must return a list",
+        ),
         ("@hookimpl\ndef probekit_metrics(): return 3", "call", "not iterable"),
         ("@hookimpl\ndef probekit_metrics():\n    yield 1 / 0", "call", "ZeroDivisionError"),
         ("@hookimpl\ndef probekit_metrics(): return 'nmi'", "specs", "is no MetricSpec"),

@@ -146,6 +146,20 @@ def test_the_first_foreign_class_is_named(tmp_path):
         load(tmp_path / "module.pth")
 
 
+def test_the_hint_for_files_that_need_code_works(tmp_path, monkeypatch):
+    import safetensors.torch
+
+    monkeypatch.chdir(tmp_path)
+    module = nn.Linear(2, 2)
+    for content in (module, {"state_dict": module.state_dict(), "x": Touch(tmp_path / "ran", "eval")}):
+        torch.save(content, "w.pth")
+        with pytest.raises(WeightsError) as caught:
+            load("w.pth")
+        lines = [line.strip() for line in caught.value.hint.splitlines() if line.startswith("    ")]
+        exec("\n".join(lines), {"torch": torch, "safetensors": safetensors, "FILE": "w.pth"})
+        assert torch.equal(load("weights.safetensors")["weight"], module.weight)
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_torchscript_is_refused(tmp_path):
     torch.jit.script(nn.Linear(2, 2)).save(tmp_path / "script.pt")
@@ -267,6 +281,12 @@ def test_a_misfit_is_refused_by_names_and_shapes_and_changes_nothing():
     assert "5 unexpected ('more.0' (0), 'more.1' (1), 'more.2' (2), ...)" in message
     assert "1 of another shape ('head.weight' (9, 4) where the model has (2, 4))" in message
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+
+
+def test_a_file_with_more_than_the_model_is_not_called_another_architecture():
+    with pytest.raises(WeightsError, match=r"keys 1 unexpected \('more' \(1\)\)") as caught:
+        adopt(Net(), weights() | {"more": torch.zeros(1)}, Layout(), source="f")
+    assert "save the file without these keys" in caught.value.hint
 
 
 def test_keys_outside_the_prefix_must_be_ignored_by_name():

@@ -91,6 +91,10 @@ def test_status_exits_0_when_nothing_failed(cli, tmp_path):
     shutil.rmtree(run.path / "cells")
     code, out, _ = cli("status", run.path)
     assert code == 0 and "not begun" in out
+    lines = out.splitlines()
+    begin = "    probekit run --model a --metrics nmi --dataset folder:photos"
+    assert lines[-2] == "what is unfinished is done by"
+    assert lines[-1].startswith(begin) and lines[-1].endswith(f"--out {run.path}")
 
 
 def test_metrics_with_options_have_shards_of_their_own(cli, tmp_path):
@@ -159,7 +163,7 @@ def test_show_csv_is_the_reports(cli, tmp_path):
 def test_show_one_image_has_no_interval(cli, tmp_path):
     run = make_run(tmp_path / "r", {"a": SMALL}, images=1, metrics=["nmi"])
     out = cli("show", run.path, "nmi")[1]
-    assert "nan" not in out.lower() and "[" not in out.split("\n", 2)[2]
+    assert "nan" not in out.lower() and "[" not in out and "mean, no interval" in out
     json.loads(cli("show", run.path, "nmi", "--json")[1], parse_constant=pytest.fail)
 
 
@@ -193,8 +197,10 @@ def test_choose():
     assert reading.choose("model", [], known) == known
     assert reading.choose("model", ["simmim", "moco:vit-s16"], known) == [known[2], known[1]]
     assert reading.choose("model", ["simmim:vit-b16"], known) == [known[2]]
-    with pytest.raises(UsageError, match="could be 2 models"):
-        reading.choose("model", ["moco"], known)
+    assert reading.choose("model", ["sim", "moco:vit-s"], known) == [known[2], known[1]]
+    for name in ("moco", "moco:vit"):
+        with pytest.raises(UsageError, match="could be 2 models"):
+            reading.choose("model", [name], known)
 
 
 # --- report
@@ -229,16 +235,24 @@ def test_report_of_a_plugin(cli, tmp_path):
         "from probekit.hookspecs import hookimpl\nfrom probekit.specs import ReportSpec\nPROBEKIT_API = 1\n"
         "@hookimpl\ndef probekit_reports():\n"
         "    return [ReportSpec(name='list', summary='names', target='mine:render', suffix='.txt'),\n"
-        "            ReportSpec(name='broken', summary='breaks', target='mine:breaks')]\n"
+        "            ReportSpec(name='broken', summary='breaks', target='mine:breaks'),\n"
+        "            ReportSpec(name='leaves', summary='exits', target='mine:leaves'),\n"
+        "            ReportSpec(name='lazy', summary='writes nothing', target='mine:lazy')]\n"
         "def render(run, path):\n    path.write_text(' '.join(run.models))\n    return path\n"
         "def breaks(run, path):\n    raise KeyError('x')\n"
+        "def leaves(run, path):\n    raise SystemExit(0)\n"
+        "def lazy(run, path):\n    return path\n"
     )
     run = make_run(tmp_path / "r", {"a": SMALL}, metrics=["nmi"])
     code, out, _ = cli("--plugin", plugin, "report", run.path, "--format", "list")
     assert code == 0 and out.strip().endswith("report-list.txt")
     assert (run.path / "report-list.txt").read_text() == "a"
     code, _, err = cli("--plugin", plugin, "report", run.path, "--format", "broken")
-    assert code == 3 and "report 'broken' of 'mine" in err and "KeyError" in err
+    assert code == 3 and "report 'broken' of 'mine" in err and "KeyError: 'x' (mine.py, line" in err
+    code, _, err = cli("--plugin", plugin, "report", run.path, "--format", "leaves")
+    assert code == 3 and "report 'leaves' of 'mine' failed: SystemExit" in err
+    code, _, err = cli("--plugin", plugin, "report", run.path, "--format", "lazy")
+    assert code == 3 and "report 'lazy' of 'mine' says it wrote" in err
     code, _, err = cli("report", run.path, "--format", "htm")
     assert code == 2 and "did you mean 'html'?" in err
 
@@ -315,7 +329,7 @@ def test_compare_refuses_other_images(cli, tmp_path):
     elsewhere = make_run(tmp_path / "e", {"a": SMALL}, metrics=["nmi"], datasets=["folder:x"], images=9)
     code, _, err = cli("compare", one.path, rewrite(elsewhere, images="dd").path)
     assert code == 2 and "share only file names" in err
-    fewer = rewrite(make_run(tmp_path / "f", {"a": SMALL}, metrics=["nmi"], images=9), images="cc")
+    fewer = make_run(tmp_path / "f", {"a": SMALL}, metrics=["nmi"], images=9, fingerprint="cc")
     code, out, _ = cli("compare", one.path, fewer.path)
     assert code == 0 and "9 images in common (A has 20, B has 9)" in out and "taken to be the" in out
 

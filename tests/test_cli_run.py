@@ -86,6 +86,63 @@ def test_a_run_and_its_json(command, photos, tmp_path):
     assert (tmp_path / said["report"]).exists()
 
 
+NOISY = """
+from PIL import Image
+from probekit import Dataset, Metric, hookimpl
+from probekit.findings import Finding
+from probekit.specs import DatasetSpec, FindingSpec, MetricSpec, ReportSpec
+from tiny import build as tiny
+PROBEKIT_API = 1
+print("noise: module")
+@hookimpl
+def probekit_datasets(): return [DatasetSpec(name="greys", summary="s", target="noisy:Greys")]
+@hookimpl
+def probekit_metrics(): return [MetricSpec(name="loud", summary="s", target="noisy:Loud")]
+@hookimpl
+def probekit_reports(): return [ReportSpec(name="names", summary="s", target="noisy:render")]
+@hookimpl
+def probekit_findings(): return [FindingSpec(name="claim", summary="s", target="noisy:Claim")]
+class Greys(Dataset):
+    name, ids = "greys", ["a", "b"]
+    def __init__(self, argument): print("noise: dataset")
+    def image(self, index):
+        print("noise: image")
+        return Image.new("RGB", (32, 32), (90 * index,) * 3)
+class Loud(Metric):
+    name, needs, dims = "loud", {"attention"}, {"loud": ("head",)}
+    def measure(self, layer):
+        print("noise: metric")
+        return {"loud": layer.attention.amax((-1, -2))}
+class Claim(Finding):
+    name, claim, metrics = "claim", "Loud.", ("loud",)
+    def __init__(self): print("noise: finding")
+def build():
+    print("noise: builder")
+    return tiny()
+def render(run, path):
+    print("noise: report")
+    path.write_text("x")
+    return path
+"""
+
+
+def test_what_others_code_prints_is_not_in_the_json(cli, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    file, folder = tmp_path / "noisy.py", tmp_path / "r"
+    file.write_text(NOISY)
+    run = ("run", "--model", f"{file}:build", "--metrics", "loud", "--dataset", "greys", "--out", folder)
+    for words, prints in (
+        ((*run, "--dry-run"), ("builder", "dataset", "image", "metric")),
+        (run, ("builder", "dataset", "image", "metric")),
+        (("inspect", f"{file}:build"), ("builder",)),
+        (("report", folder, "--format", "names"), ("report",)),
+        (("findings", folder), ("finding",)),
+    ):
+        _, out, err = cli("--no-plugins", "--plugin", file, *words, "--json")
+        assert isinstance(json.loads(out), dict), words
+        assert [name for name in prints if f"noise: {name}" not in err] == [], (words, err)
+
+
 def test_lines_fit_in_80_columns(command, photos, tmp_path):
     words = (
         "run",
@@ -136,6 +193,19 @@ def test_without_out_the_same_grid_goes_on_in_its_folder(command, photos, tmp_pa
     assert [first.returncode, second.returncode, other.returncode] == [0, 0, 0]
     assert "(continued)" in second.stdout
     assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_cells_that_were_not_asked_for_come_with_the_command_that_does_them(cli, photos, tmp_path):
+    folder, other = tmp_path / "r", TINY.replace(":build", ":other")
+    words = ("--dataset", f"folder:{photos}", "--limit", "4", "--out", folder)
+    _, out, _ = cli("run", "--model", TINY, "--metrics", "nmi", *words)
+    assert "unfinished" not in out
+    _, out, _ = cli("run", "--model", other, "--metrics", "fourier", *words)
+    assert "2 cells unfinished" in out
+    command = out.splitlines()[-1].split()
+    assert cli("status", folder)[1].splitlines()[-1].split() == command
+    assert command[0] == "probekit" and cli(*command[1:])[0] == 0
+    assert "4 done" in cli("status", folder)[1]
 
 
 @pytest.mark.parametrize("suffix", ["yaml", "toml"])

@@ -250,6 +250,27 @@ def test_without_a_network_the_message_says_which_file_goes_where(tmp_path, monk
         assert wanted.url in caught.value.hint
 
 
+def test_the_command_says_which_of_several_failed_and_what_needs_no_fetching(server, tmp_path, cli):
+    plugin = tmp_path / "nets.py"
+    plugin.write_text(
+        "from probekit import ModelSpec, Weights, hookimpl\nPROBEKIT_API = 1\n"
+        "def spec(variant, published_as=None, **weights):\n"
+        "    return ModelSpec(name='net', variant=variant, summary='s', target='json:dumps',\n"
+        "                     published_as=published_as, weights=Weights(licence='MIT', **weights))\n"
+        "@hookimpl\ndef probekit_models():\n"
+        f"    return [spec('here', url='{server.url}/file', filename='here.pth'),\n"
+        f"            spec('gone', url='{server.url}/absent', filename='gone.pth'),\n"
+        "            spec('mini', 'here', bundled='json:w.safetensors'), spec('none')]\n"
+    )
+    words = ("--no-plugins", "--plugin", plugin, "fetch")
+    code, _, err = cli(*words, "net:here", "net:mini")
+    assert code == 2 and "the weights of 'net:mini' come with its pack" in err
+    assert "the published model is 'net:here'" in err and not server.requests
+    code, out, err = cli(*words, "net:here", "net:gone")
+    assert code == 4 and out.startswith("net:here: ") and "error: 'net:gone': can't fetch 'gone.pth'" in err
+    assert "'net:none': no weights are published" in cli(*words, "net:none")[2]
+
+
 def test_a_full_disk_is_noticed_before_anything_is_written(server, monkeypatch):
     monkeypatch.setattr(fetching.shutil, "disk_usage", lambda path: SimpleNamespace(free=1_000_000))
     wanted = weights(server)

@@ -135,9 +135,10 @@ def make(
                 "ids": ids,
                 "labels": None,
             }
-            folder.write({**cell, **(about or {}).get(model, {})})
+            cell |= (about or {}).get(model, {})
+            folder.write(cell)
             for name, content in found.items():
-                _fill(folder, name, identity, content)
+                _fill(folder, name, cell["identity"], content)
     return Run(path)
 
 

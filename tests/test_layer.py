@@ -17,6 +17,7 @@ from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.layer import Layer
 from probekit.metric import Metric
 from probekit.metrics.attention_distance import AttentionDistance
+from probekit.metrics.attention_maps import AttentionMaps
 from probekit.metrics.fourier import Fourier
 from probekit.metrics.nmi import NMI
 from probekit.testing import TinyViT, check_metric, make_layer
@@ -109,6 +110,20 @@ def test_windows_are_folded() -> None:
             getattr(layer, field)
     with pytest.raises(DoesNotApply, match="no single full map"):
         _ = layer.attention_full
+
+
+def test_padded_keys_have_no_full_map() -> None:
+    layer = make_layer(grid=(3, 3), prefix=1)
+    assert layer.attention_full.shape == (2, 3, 10, 10)
+    padded = replace(layer, info=replace(layer.info, padded=3))
+    with pytest.raises(DoesNotApply, match="'layer' attends to padding"):
+        _ = padded.attention_full
+    for metric in (NMI(compat="cl-vs-mim"), AttentionDistance(renormalise=False)):
+        with pytest.raises(DoesNotApply, match="padding"):
+            metric.measure(padded)
+    found = AttentionMaps().measure(padded)
+    assert found["attention_mean"].shape == (2, 0, 0)  # no rollout
+    assert found["attention_maps"].shape == (2, 3, 3, 3, 3)
 
 
 def test_heads_of_windows_come_back_in_raster_order() -> None:

@@ -1,8 +1,7 @@
-"""Fourier amplitudes of the tokens: against a full FFT and a transform written out, and known spectra."""
+"""Fourier amplitudes of the tokens: against a full FFT, interpolated on oblong grids, and known spectra."""
 
 from __future__ import annotations
 
-import cmath
 import math
 from types import SimpleNamespace
 
@@ -42,19 +41,18 @@ def notebook(maps):
     return np.diagonal(logs, axis1=1, axis2=2)[:, side // 2 :]
 
 
-def written_out(maps):
-    """The transform at (f, f), f = k / min(rows, cols), as its sum. float64."""
-    maps = np.asarray(maps, dtype=np.float64)
-    batch, rows, cols, channels = maps.shape
-    short = min(rows, cols)
-    out = np.zeros((batch, math.ceil(short / 2)))
-    for k in range(out.shape[1]):
-        total = np.zeros((batch, channels), dtype=complex)
-        for r in range(rows):
-            for c in range(cols):
-                total += maps[:, r, c] * cmath.exp(-2j * math.pi * (k / short) * (r + c))
-        out[:, k] = np.log(np.abs(total) + 1e-6).mean(1)
-    return out
+def interpolated(maps):
+    """fft2's log(|F| + 1e-6), along the longer axis by numpy's linear interpolation at f = k / min(rows, cols).
+    float64."""
+    maps = np.moveaxis(np.asarray(maps, dtype=np.float64), -1, 1)
+    logs = np.log(np.abs(np.fft.fft2(maps)) + 1e-6).mean(1)
+    if logs.shape[1] > logs.shape[2]:
+        logs = logs.swapaxes(1, 2)
+    _, short, long = logs.shape
+    frequencies = np.arange(long) / long
+    return np.array(
+        [[np.interp(k / short, frequencies, image[k]) for k in range(math.ceil(short / 2))] for image in logs]
+    )
 
 
 @pytest.mark.parametrize("side", [3, 4, 7, 8, 14, 16, 27])
@@ -67,10 +65,33 @@ def test_agrees_with_the_published_code(side, compat):
     assert (got["fourier"][:, 0] == 0).all()
 
 
-@pytest.mark.parametrize(("rows", "cols"), [(14, 14), (5, 5), (4, 9), (9, 4), (14, 20), (3, 12), (6, 12)])
-def test_agrees_with_the_transform_written_out(rows, cols):
-    maps = noise(2, rows, cols, 16)
-    np.testing.assert_allclose(measure(maps)["log_amplitude"], written_out(maps), rtol=1e-5, atol=1e-5)
+OBLONG = [(4, 9), (9, 4), (14, 15), (14, 20), (27, 55), (6, 9), (5, 14), (3, 4), (3, 12), (6, 12), (7, 28)]
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(14, 14), (5, 5), *OBLONG])
+def test_agrees_with_interpolated_log_amplitudes(rows, cols):
+    maps = noise(2, rows, cols, 16, offset=0.7)
+    np.testing.assert_allclose(measure(maps)["log_amplitude"], interpolated(maps), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(14, 14), *OBLONG])
+@pytest.mark.parametrize("along", ["rows", "cols"])
+def test_what_varies_along_one_axis_only_is_not_seen(rows, cols, along):
+    """Whole numbers: their sums are exact, and what is left is the rounding of the cosines."""
+    line = np.random.default_rng(1).integers(-9, 10, (2, rows if along == "rows" else cols, 8))
+    maps = np.broadcast_to(line[:, :, None] if along == "rows" else line[:, None], (2, rows, cols, 8))
+    got = measure(maps)["log_amplitude"]
+    np.testing.assert_allclose(got[:, 0], interpolated(maps)[:, 0], rtol=1e-5)
+    assert (got[:, 1:] < math.log(1e-3)).all()
+
+
+@pytest.mark.parametrize("grid", [(14, 15), (4, 9), (27, 20)])
+def test_constant_oblong_map_is_at_the_floor(grid):
+    maps = np.full((2, *grid, 5), 0.1)
+    maps[1, ..., 3] = noise(1, *grid, 1)[0, ..., 0]
+    got = measure(maps)
+    np.testing.assert_allclose(got["log_amplitude"][0, 1:], math.log(1e-6), atol=1e-3)
+    assert got["floor_channels"].tolist() == [1, pytest.approx(4 / 5)]
 
 
 @pytest.mark.parametrize(("side", "last"), [(7, 6 / 7), (14, 6 / 7), (16, 0.875), (27, 0.963), (31, 0.968)])
@@ -99,8 +120,9 @@ def test_white_noise_is_half_log_two(side):
     np.testing.assert_allclose(without.describe(layer_of(maps[:1]))["white_noise"], expected - expected[1])
 
 
-def test_white_noise_on_an_oblong_grid():
-    maps = noise(16, 8, 20, 1000, seed=4)
+@pytest.mark.parametrize("grid", [(8, 16), (8, 20), (15, 14)])
+def test_white_noise_on_an_oblong_grid(grid):
+    maps = noise(16, *grid, 1000, seed=4)
     np.testing.assert_allclose(
         measure(maps)["fourier"].mean(0), Fourier().describe(layer_of(maps[:1]))["white_noise"], atol=0.03
     )
@@ -179,13 +201,15 @@ def test_symmetries(rows, cols, seed):
     np.testing.assert_allclose(measure(maps.swapaxes(1, 2))["log_amplitude"], got, atol=1e-4)
     np.testing.assert_allclose(measure(maps[:, ::-1, ::-1])["log_amplitude"], got, atol=1e-4)
     np.testing.assert_allclose(measure(maps[..., ::-1])["log_amplitude"], got, atol=1e-5)
-    if rows == cols:  # a cyclic shift is a phase
-        np.testing.assert_allclose(measure(np.roll(maps, (1, 2), (1, 2)))["log_amplitude"], got, atol=1e-4)
+    # a cyclic shift is a phase
+    np.testing.assert_allclose(measure(np.roll(maps, (1, 2), (1, 2)))["log_amplitude"], got, atol=1e-4)
 
 
-@pytest.mark.parametrize(("side", "channels"), [(14, 96), (32, 48), (7, 33)])
-def test_bits_depend_neither_on_the_batch_nor_on_threads(side, channels):
-    maps = noise(4, side, side, channels)
+@pytest.mark.parametrize(
+    ("grid", "channels"), [((14, 14), 96), ((32, 32), 48), ((7, 7), 33), ((14, 15), 96), ((27, 55), 33)]
+)
+def test_bits_depend_neither_on_the_batch_nor_on_threads(grid, channels):
+    maps = noise(4, *grid, channels)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
@@ -212,6 +236,15 @@ def test_grids_without_a_frequency_do_not_apply(grid):
     layer = layer_of(noise(1, *grid, 3))
     for use in (Fourier().measure, Fourier().describe):
         with pytest.raises(DoesNotApply, match="no frequency"):
+            use(layer)
+
+
+@pytest.mark.parametrize("grid", [(3, 3), (4, 4), (4, 9), (8, 3)])
+def test_one_frequency_above_zero_is_no_reference(grid):
+    layer = layer_of(noise(1, *grid, 3))
+    assert Fourier().measure(layer)["fourier"].shape == (1, 2)
+    for use in (Fourier(dc="exclude").measure, Fourier(dc="exclude").describe):
+        with pytest.raises(DoesNotApply, match="one frequency above 0"):
             use(layer)
 
 

@@ -13,8 +13,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from probe_traces import rows, split
+from probe_traces import split
 
+import probekit
+from probekit.datasets.noise import BandNoise
 from probekit.errors import MetricError, UsageError
 from probekit.metrics import readout
 from probekit.metrics.frequency_robustness import FrequencyRobustness
@@ -28,7 +30,7 @@ BANDS = [0, 0.25, 0.5, 0.75, 1]
 
 def measured(wrong, metric, n=60):
     """Traces whose features under band b and seed s are another class's for the images `wrong(b, s)`."""
-    given = split(test=n, apart=30)
+    given = split(test=n, apart=30, image_size=(32, 32))
     found = {}
     for variation in metric.variations():
         noise = variation.pixels
@@ -142,9 +144,65 @@ def test_rms_is_that_of_the_noise():
         assert np.sqrt(np.mean(drawn)) == pytest.approx(expected, rel=0.15, abs=1e-9)
     equal = FrequencyRobustness(step=0.5, energy="equal", half_width=0.2)
     assert len(set(equal.summarize(measured(lambda f, s: (), equal))["rms"].values)) == 1
-    oblong = [replace(row, grid=(4, 3)) for row in rows()]
-    given = replace(measured(lambda f, s: (), metric), rows=oblong)
-    assert np.isnan(metric.summarize(given)["rms"].values).all()  # not defined there
+    nobody_says = metric.summarize(replace(measured(lambda f, s: (), metric), image_size=None))
+    assert np.isnan(nobody_says["rms"].values).all() and nobody_says.attrs["rms_size"] == "unknown"
+
+
+PLUGIN = """
+import numpy as np, torch
+from PIL import Image
+from probekit import Dataset, DatasetSpec, Model, Preprocessing, hookimpl
+from probekit.testing import TinyViT
+
+PROBEKIT_API = 1
+
+
+class Greys(Dataset):
+    def __init__(self, name, count):
+        self.name, self.classes = name, ["a", "b"]
+        self.ids = [f"{name}-{i}" for i in range(count)]
+        self.labels = [i % 2 for i in range(count)]
+
+    def image(self, index):
+        rng = np.random.default_rng(index)
+        return Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def greys(argument, **options):
+    test = Greys("test", 6)
+    test.train = Greys("train", 20)
+    return test
+
+
+def build():
+    model = TinyViT()
+    model.patch = torch.nn.Conv2d(3, 24, 8, 4)  # patches overlap, as PiT's: 7 x 7 tokens 4 px apart
+    return Model(model, preprocessing=Preprocessing(size=(32, 32), crop_pct=1.0))
+
+
+@hookimpl
+def probekit_datasets():
+    return [DatasetSpec(name="greys", summary="greys", target=f"{__name__}:greys")]
+"""
+
+
+def test_rms_is_of_the_input_and_not_of_grid_times_stride(tmp_path):
+    """A run over 32 x 32 px with 7 x 7 overlapping patches, 4 px apart."""
+    plugin = tmp_path / "overlap.py"
+    plugin.write_text(PLUGIN)
+    run = probekit.run(
+        [f"{plugin}:build"],
+        ["greys"],
+        ["features", "frequency_robustness:step=0.5:half_width=0.2"],
+        out=tmp_path / "run",
+        plugins=[plugin],
+    )
+    result = run.result("frequency_robustness")
+    rows = run.traces("features").rows
+    assert {(row.grid, row.stride) for row in rows} == {((7, 7), (4.0, 4.0))}
+    noise = [BandNoise(f, 0.2).rms((3, 32, 32)) for f in (0, 0.5, 1)]
+    assert result.attrs["rms_size"] == "32 x 32"
+    np.testing.assert_allclose(result["rms"], noise)
 
 
 def test_the_result_is_one_that_reports_read_and_the_store_keeps(tmp_path):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import timm
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -250,6 +251,44 @@ def test_baseline_of_shifted_windows():
         expected = reference(whole_map(blocks[0][0]))
         assert NMI().describe(layer)["uniform_global"] == pytest.approx(expected, abs=1e-6)
         assert NMI().measure(layer)["nmi_global"][0, 0].item() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shapes", [[(4, 16)] * 4, [(16, 64)] * 9, [(2, 8), (3, 5), (3, 5)], [(1, 4)] * 3, [(6, 2)] * 2, [(4, 16)]]
+)
+def test_baseline_of_windows_with_other_numbers_of_keys(shapes):
+    """As Hiera's, whose queries are pooled; against the whole map written out, and measured."""
+    total, groups = sum(n for n, _ in shapes), []
+    for n, m in sorted(set(shapes)):
+        count = shapes.count((n, m))
+        p = torch.full((count, 1, n, m), 1 / m)
+        groups.append(FakeLayer(p, window_count=count, window_share=count * n / total))
+    layer = FakeLayer(groups=tuple(groups))
+    whole, row, column = np.zeros((total, sum(m for _, m in shapes))), 0, 0
+    for n, m in shapes:
+        whole[row : row + n, column : column + m] = 1 / m
+        row, column = row + n, column + m
+    expected = reference(whole)
+    assert (expected > 0) == (len(shapes) > 1)
+    assert NMI().describe(layer) == {"uniform": 0.0, "uniform_global": pytest.approx(expected, abs=1e-12)}
+    assert NMI().measure(layer)["nmi_global"].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_baseline_of_a_model_with_pooled_queries():
+    """Hiera without queries attends uniformly: it has its own baseline, in every layer."""
+    torch.manual_seed(0)
+    model = timm.create_model("hieradet_small", num_classes=8).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if ".qkv." in name:
+                p[: len(p) // 3] = 0
+    result = probekit.probe(model, torch.randn(2, 3, 64, 64), metrics=["nmi"])["nmi"]
+    measured = result["nmi_global"].mean("head", skipna=True)
+    np.testing.assert_allclose(measured, result["uniform_global"], atol=1e-5)
+    # the second layer: 4 windows of 16 queries and 64 keys
+    assert result["uniform_global"][1].item() == pytest.approx(
+        math.log(4) / math.sqrt(math.log(64) * math.log(256))
+    )
 
 
 def test_one_token_in_all():

@@ -286,11 +286,14 @@ def test_a_checkpoint_that_does_not_fit_timm_is_refused(tiny, tmp_path):
         with pytest.raises(WeightsError) as caught:
             timm_models.build(variant, weights=path)
         assert "\n" not in caught.value.message
+        hints.append(caught.value.hint)
         return caught.value.message
 
+    hints = []
     gone = {key: value for key, value in state.items() if key != "blocks.5.attn.proj.bias"}
     assert "keys 1 missing ('blocks.5.attn.proj.bias')" in refused(gone)
     assert "keys 1 unexpected ('blocks.12.x')" in refused(state | {"blocks.12.x": torch.zeros(1)})
+    assert "another architecture" in hints[0] and "without these keys" in hints[1]
     assert "of another shape ('cls_token' [1, 1, 192] where the model has [1, 1, 384]" in refused(
         state, "vit_small_patch16_224"
     )

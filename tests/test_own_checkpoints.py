@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -90,6 +93,39 @@ def test_two_places_that_fit_alike_are_an_error_that_lists_them(tiny, tmp_path):
     assert torch.equal(bias(":container=none"), state["norm.bias"])
     with pytest.raises(UsageError, match="no checkpoint is given"):
         load_model(f"{name}:container=teacher@random", catalog)
+
+
+@pytest.mark.parametrize(
+    ("container", "prefix"),
+    [("", ""), ("", "module."), ("state_dict", "model.backbone."), ("model", "_orig_mod."), ("teacher", "")],
+)
+def test_callables_of_the_users_own_read_the_same_files(tmp_path, container, prefix):
+    sys.path.insert(0, str(Path(__file__).parent))
+    from tiny import TinyViT
+
+    state = {f"{prefix}{key}": value + 1 for key, value in TinyViT().state_dict().items()}
+    extra = {"head.weight": torch.zeros(2)} if prefix else {}
+    content = state | extra
+    torch.save({container: content, "epoch": 3} if container else content, tmp_path / "w.pth")
+    text = f"{Path(__file__).parent}/tiny.py:build"
+    catalog = Catalog.load(enabled=False)
+    model = load_model(f"{text}@{tmp_path}/w.pth", catalog)
+    own = model.module.state_dict()
+    assert all(torch.equal(state[f"{prefix}{key}"], own[key]) for key in own)
+    assert set(model.accounting.used) == set(state) and set(model.accounting.ignored) == set(extra)
+    assert (model.weights.kind, model.weights.note.startswith("from ")) == ("file", bool(container or prefix))
+
+    torch.save({"model": state, "ema": state}, tmp_path / "two.pth")
+    with pytest.raises(WeightsError, match="in 2 places: 'model'") as caught:
+        load_model(f"{text}@{tmp_path}/two.pth", catalog)
+    assert caught.value.hint == f"say which: '{text}:container=model@{tmp_path}/two.pth'"
+    assert load_model(f"{text}:container=ema@{tmp_path}/two.pth", catalog).weights.note.startswith(
+        "from 'ema'"
+    )
+    torch.save({"model": state | {f"{prefix}more.weight": torch.zeros(2)}}, tmp_path / "more.pth")
+    with pytest.raises(WeightsError, match=r"keys 1 unexpected \('more.weight' \(2\)\)") as caught:
+        load_model(f"{text}@{tmp_path}/more.pth", catalog)
+    assert "without these keys" in caught.value.hint
 
 
 def test_what_timm_resamples_is_said(tiny, tmp_path):

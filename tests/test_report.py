@@ -435,7 +435,8 @@ def test_one_image_has_no_interval_and_says_so(tmp_path):
     run = make_run(tmp_path / "r", {"a": SWIN}, images=1)
     page = Page(rendered(run))
     assert "Mean over 1 image: one image gives no interval" in page.text("figcaption")
-    assert "[" not in page.text("td", "span")
+    assert "[" not in page.text("td", "span") and "95 % interval" not in page.text("caption")
+    assert charts(run)[0][0].interval == "none"
     assert "nan" not in page.text("td", "th", "span", "text").lower()
     svg = svg_of(run, "nmi")
     assert not any("fill-opacity: 0.2" in e.get("style", "") for e in svg.iter())

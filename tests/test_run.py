@@ -93,7 +93,7 @@ def test_nothing_is_measured_twice(finished, photos, tiny):
 def test_a_damaged_shard_is_named_and_measured_again(photos, tiny, tmp_path):
     run = measure(photos, tmp_path / "r", tiny)
     before = digests(run.path)
-    shard = sorted(run.path.rglob("nmi-v1/all/shard-*.h5"))[0]
+    shard = sorted(run.path.rglob("nmi-v*/all/shard-*.h5"))[0]
     raw = bytearray(shard.read_bytes())
     raw[-8] ^= 1
     shard.write_bytes(raw)
@@ -202,6 +202,18 @@ class Summary(Metric):
     def summarize(self, traces):
         raise KeyError("summary")
 
+class Leaves(Summary):
+    name = "leaves"; dims = {"leaves": ()}
+    def measure(self, layer):
+        return {"leaves": layer.attention.mean((1, 2, 3))}
+    def summarize(self, traces):
+        raise SystemExit(0)
+
+class Unmade(Metric):
+    name = "unmade"; needs = {"attention"}; dims = {"unmade": ()}
+    def __init__(self):
+        raise OSError("no table")
+
 class Fine(Metric):
     name = "fine"; needs = {"attention"}; dims = {"fine": ("head",)}
     def measure(self, layer):
@@ -222,6 +234,8 @@ def test_broken_metrics_fail_alone(photos, tiny, tmp_path):
         "undeclared": "'tokens_mid' was not captured",
         "field": "a layer has no field 'attentoin'",
         "summary": "'summarize' raised KeyError",
+        "leaves": "'summarize' raised SystemExit: 0",
+        "unmade": "metric 'broken/unmade' can't be made: OSError: no table",
     }.items():
         assert outcome[name].status == "failed"
         assert words in outcome[name].reason
@@ -229,6 +243,7 @@ def test_broken_metrics_fail_alone(photos, tiny, tmp_path):
     assert "no such luck" in outcome["raises"].details  # the traceback, for its author
     assert outcome["never"].status == "does not apply"
     assert outcome["never"].reason == "there is nothing to see"
+    assert "plugins check broken" in outcome["unmade"].hint
     assert {outcome[n].status for n in ("fine", "nmi", "fourier", "attention_distance")} == {"done"}
 
 

@@ -271,16 +271,20 @@ def test_a_metric_added_measures_only_itself(tiny, plugin):
     after = files(r.path / "cells")
     own = {f for f in before if "/all/" in f}
     assert own and {f: after[f] for f in own} == {f: before[f] for f in own}
-    assert {f.split("/")[4] for f in after if f.endswith(".h5")} == {
+    folders = [f.split("/")[4].split("~") for f in after if f.endswith(".h5")]
+    assert {"~".join([images, *change[1:]]) for images, *change in folders} == {
         "all", "train", "all~darker", "all~reborn", "train~reborn",
     }  # fmt: skip
+    assert {owner.partition(".")[0] for _, owner, _ in (f for f in folders if len(f) == 3)} == {
+        "passes-tells"
+    }
 
 
 def test_a_lost_shard_is_measured_again_and_the_result_remade(tiny, plugin):
     r = run(tiny, plugin, ["tells"])
     result = next((r.path / "cells").rglob("tells.nc"))
     first = result.read_bytes()
-    shard = next(f for f in (r.path / "cells").rglob("*.h5") if "all~darker" in str(f))
+    shard = next(f for f in (r.path / "cells").rglob("*.h5") if "~darker" in str(f))
     content = shard.read_bytes()
     shard.write_bytes(content[:-100])
     result.unlink()

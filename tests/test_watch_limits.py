@@ -514,6 +514,15 @@ def test_no_attention() -> None:
         Watcher(model, IMAGES)
 
 
+def test_attention_that_is_not_finite_is_not_called_a_bug() -> None:
+    model = TinyViT(method)
+    for parameter in model.blocks[1].parameters():
+        parameter.data.fill_(float("nan"))
+    with pytest.raises(WatchError, match=r"attention of 'blocks.1.attn' is NaN or infinite") as caught:
+        collect(Watcher(model, IMAGES), "attention")
+    assert "weights are not finite" in caught.value.hint
+
+
 def test_needs_that_make_no_sense() -> None:
     with pytest.raises(MetricError, match="a layer has no field 'atention'"):
         Visitor(frozenset({"atention"}), print)

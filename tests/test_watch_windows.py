@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from probekit.errors import DoesNotApply, WatchError
+from probekit.metrics.attention_distance import AttentionDistance
+from probekit.metrics.nmi import NMI
 from probekit.watch import Visitor, Watcher
 
 
@@ -94,6 +96,26 @@ def test_swin_windows_are_the_rolled_partition_and_its_regions() -> None:
         np.testing.assert_array_equal(shifted.positions[group.tokens], group.key_positions)
 
 
+@pytest.mark.parametrize("heads", [2, 3])
+@pytest.mark.parametrize("largest", [1, None])
+def test_regions_do_not_depend_on_how_peaked_heads_are(heads: int, largest: int | None) -> None:
+    """Swin V2's largest scale, of one head or of all: masked pairs leak 1e-11, and allowed ones get less."""
+
+    def regions(changed: int | None) -> list[set[frozenset[int]]]:
+        torch.manual_seed(3)
+        options = {"img_size": 112, "window_size": 7, "depths": (2,), "num_heads": (heads,), "embed_dim": 48}
+        model = timm.create_model("swinv2_tiny_window8_256", **options).eval()
+        for block in model.layers[0].blocks:
+            block.attn.logit_scale.data[:changed] = np.log(100)
+        images = torch.randn(2, 3, 112, 112, generator=torch.Generator().manual_seed(103))
+        layers = Watcher(model, images).anatomy.layers
+        return [{frozenset(row.tolist()) for g in i.groups for row in g.tokens} for i in layers]
+
+    plain, shifted = regions(0)
+    assert (len(plain), len(shifted)) == (16, 25)
+    assert regions(largest) == [plain, shifted]
+
+
 def test_swin_heads_and_values_come_back_in_raster_order() -> None:
     model, images = small_swin(112), torch.randn(2, 3, 112, 112)
     watcher = Watcher(model, images)
@@ -164,6 +186,17 @@ def test_windows_larger_than_the_grid() -> None:
         [Visitor(frozenset({"attention"}), lambda layer: shapes.append(layer.windows()[0].attention.shape))],
     )
     assert shapes[14][2:] == (4, 16)
+
+    def left_out(layer) -> None:
+        if layer.info.padded and layer.info.windows == 1:
+            for metric in (NMI(compat="cl-vs-mim"), AttentionDistance(renormalise=False)):
+                with pytest.raises(DoesNotApply, match="attends to padding"):
+                    metric.measure(layer)
+            refused.append(layer.info.index)
+
+    refused: list[int] = []
+    watcher.run(images, [Visitor(frozenset({"attention_full"}), left_out)])
+    assert refused == [4, 5, 6, 8, 9, 11, 12, 14, 15]
 
 
 def test_swin_merges_an_odd_grid() -> None:

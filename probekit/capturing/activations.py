@@ -28,6 +28,7 @@ from typing import Any
 from probekit.errors import StoreError, UsageError
 from probekit.metric import Row
 from probekit.names import did_you_mean
+from probekit.store.sealing import foreign_files
 from probekit.store.shards import shard_name, shard_ranges
 from probekit.store.writing import read_json, seal_json
 
@@ -159,8 +160,7 @@ class CaptureFolder:
             if not isinstance(found, dict) or found.get("format") != FORMAT:
                 raise StoreError(f"'{file}' is no capture of probekit")
             return found
-        foreign = sorted(p.name for p in self.path.glob("*") if not p.name.startswith("run.lock"))
-        if foreign:
+        if foreign := foreign_files(self.path):
             hint = "`probekit capture` makes one in an empty folder"
             raise StoreError(f"'{self.path}' holds other files ('{foreign[0]}') and no capture", hint=hint)
         return None

@@ -126,7 +126,8 @@ class ShardArrays:
     def take(self, watcher: Watcher, sites: Sequence[str], pixels: Tensor) -> None:
         """Forward a batch and keep what it shows."""
         self._came.clear()
-        with within_memory(pixels):
+        with within_memory(self.device, len(pixels)):
+            pixels = pixels.to(self.device, non_blocking=True)
             watcher.run(pixels, _visitors(sites, self._put, len(pixels)))
         wanted = {f"{one.group}/{name}" for one in self.layers.values() for name in one.datasets}
         wanted |= {f"{self.layers[index].group}/bias" for index in self.constants}

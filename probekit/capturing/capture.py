@@ -250,7 +250,7 @@ class _Capture:
                 for part in self._batches(list(place), batch):
                     bad += [{"index": place[b.index], "id": b.id, "reason": b.reason} for b in part.bad]
                     if len(part):
-                        shard.take(watcher, self.sites, part.pixels.to(subject.device, non_blocking=True))
+                        shard.take(watcher, self.sites, part.pixels)
                         kept += [place[i] for i in part.indices]
                     self.listen(Event("images", done=len(part) + len(part.bad)))
                 arrays, half = shard.arrays()

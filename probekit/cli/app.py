@@ -7,10 +7,10 @@ import traceback
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from probekit.cli import capturing, finding, listing, looking, reading, running, state
-from probekit.errors import ProbekitError, UsageError
+from probekit.errors import PluginError, ProbekitError, UsageError
 
 _FLAGS = ("--no-plugins", "--debug")
 
@@ -26,6 +26,13 @@ class _Commands(TyperGroup):
         own = super().get_command(ctx, cmd_name)
         return own if own is not None else _plugin_command(cmd_name)
 
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Plugins' commands by what their specs say: a target may be heavy to import, or broken."""
+        shown = dict(self.commands)
+        for entry in state.catalog().commands:
+            shown.setdefault(entry.name, TyperCommand(entry.name, help=entry.spec.summary))
+        TyperGroup(commands=shown).format_commands(ctx, formatter)
+
 
 def _plugin_command(name: str) -> Any:
     catalog = state.catalog()
@@ -37,9 +44,38 @@ def _plugin_command(name: str) -> Any:
 
         hint = did_you_mean(name, known) or "`probekit --help` lists the commands"
         raise UsageError(f"unknown command '{name}'", hint=hint)
-    target = catalog.resolve_target(catalog.command(name))
+    from probekit.plugins.loading import contained, describe
+
+    entry = catalog.command(name)
+    who = f"command '{name}' of '{entry.owner}'"
+    target = catalog.resolve_target(entry)
+    caught: list[BaseException] = []
+    with contained(caught.append, who):
+        command = _command_of(name, target)
+    if caught:
+        hint = f"`probekit plugins check {entry.pack}` shows all that is wrong"
+        raise PluginError(f"{who} can't be made: {describe(caught[0])}", hint=hint) from caught[0]
+    run = command.invoke
+
+    def invoke(ctx: Any) -> Any:
+        try:
+            return run(ctx)
+        except Exception as error:
+            ours = isinstance(error, (ProbekitError, typer.Exit, typer.Abort, BrokenPipeError))
+            if ours or _is_usage(error):
+                raise
+            raise PluginError(f"{who} failed: {describe(error)}", hint="--debug shows where") from error
+
+    command.invoke = invoke
+    return command
+
+
+def _command_of(name: str, target: Any) -> Any:
+    """click's command of a `typer.Typer` or a function."""
+    if not callable(target):
+        raise TypeError(f"its target is a '{type(target).__name__}', which can't be called")
     if not isinstance(target, typer.Typer):
-        wrapped = typer.Typer()
+        wrapped = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
         wrapped.command(name)(target)
         target = wrapped
     return typer.main.get_command(target)
@@ -135,10 +171,15 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.close()  # a reader such as `head` left; nothing more can be said
         return 0
     except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # click's own usage errors
+        if _is_usage(error):
             error.show()
             return error.exit_code
         raise
+
+
+def _is_usage(error: Exception) -> bool:
+    """Whether it is one of click's own usage errors, whose module depends on typer's version."""
+    return hasattr(error, "show") and hasattr(error, "exit_code")
 
 
 def _interrupted() -> int:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probekit.cli import state
-from probekit.cli.plain import print_json, print_table, tame, width, wrapped
+from probekit.cli.plain import json_alone, print_json, print_table, tame, width, wrapped
 from probekit.cli.reading import Datasets, Folder, Json, choose
 
 if TYPE_CHECKING:
@@ -57,7 +57,8 @@ def findings_command(
     run = Run(folder)
     groups = [[name.strip() for name in text.split(",") if name.strip()] for text in group or []]
     datasets = choose("dataset", dataset or [], run.datasets)
-    found = tables(run, state.catalog(), datasets=datasets, groups=groups)
+    with json_alone(as_json):
+        found = tables(run, state.catalog(), datasets=datasets, groups=groups)
     if as_json:
         print_json({"folder": str(folder), "datasets": [_json(each) for each in found]})
     elif form == "md":

@@ -7,11 +7,15 @@ import os
 import platform
 import sys
 from importlib import metadata
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from probekit.cli import state
+from probekit.cli.plain import json_alone
+
+if TYPE_CHECKING:
+    from probekit.specs import ModelSpec, Weights
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -48,13 +52,17 @@ def inspect_command(
     from probekit.watch import Watcher
 
     size = parse_size(image_size) if image_size else None
-    loaded = load_model(model, state.catalog(), image_size=size)
-    preprocessing = loaded.preprocessing or Preprocessing()
-    pixels = torch.randn(2, 3, *(size or preprocessing.size), generator=torch.Generator().manual_seed(0))
-    parts = loaded.declared.parts if loaded.declared else None
-    watcher = Watcher(
-        loaded.module, pixels, forward=loaded.forward, declared_parts=parts, allow_unwatched=allow_unwatched
-    )
+    with json_alone(as_json):
+        loaded = load_model(model, state.catalog(), image_size=size)
+        preprocessing = loaded.preprocessing or Preprocessing()
+        pixels = torch.randn(2, 3, *(size or preprocessing.size), generator=torch.Generator().manual_seed(0))
+        watcher = Watcher(
+            loaded.module,
+            pixels,
+            forward=loaded.forward,
+            declared_parts=loaded.declared.parts if loaded.declared else None,
+            allow_unwatched=allow_unwatched,
+        )
     anatomy = watcher.anatomy
     check_spec(loaded.spec, anatomy)
     if as_json:
@@ -147,23 +155,34 @@ def fetch_command(
       probekit fetch moco:vit-b16
       probekit fetch moco:vit-b16 simmim:vit-b16 --json
     """
-    from probekit.errors import UsageError
+    from probekit.errors import WeightsError
     from probekit.models.fetch import fetch
 
     catalog = state.catalog()
+    published = {name: _published(name, catalog.model(name).spec) for name in model}
     found = {}
-    for name in model:
-        spec = catalog.model(name).spec
-        if spec.weights is None:
-            raise UsageError(
-                f"'{name}' has no published file to fetch",
-                hint=f"it is loaded when used: `probekit inspect {name}`",
-            )
-        found[name] = str(fetch(spec.weights))
+    for name, weights in published.items():
+        try:
+            found[name] = str(fetch(weights))
+        except WeightsError as error:
+            raise WeightsError(f"'{name}': {error.message}", hint=error.hint) from error
         if not as_json:
             typer.echo(f"{name}: {found[name]}")
     if as_json:
         typer.echo(json.dumps(found, indent=2))
+
+
+def _published(name: str, spec: ModelSpec) -> Weights:
+    """The published file of a model. Raises `UsageError`."""
+    from probekit.errors import UsageError
+
+    if spec.weights is None:
+        hint = f"it is loaded when used: `probekit inspect {name}`"
+        raise UsageError(f"'{name}' has no published file to fetch", hint=hint)
+    if spec.weights.bundled:
+        hint = f"the published model is '{spec.name}:{spec.published_as}'" if spec.published_as else None
+        raise UsageError(f"nothing is to be fetched: the weights of '{name}' come with its pack", hint=hint)
+    return spec.weights
 
 
 def doctor_command(as_json: Json = False) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import shutil
+import sys
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -61,6 +63,13 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], fixed: int,
         if not rest:
             return
         typer.echo()
+
+
+@contextlib.contextmanager
+def json_alone(as_json: bool) -> Iterator[None]:
+    """Around others' code in a command with ``--json``: what it prints goes to stderr."""
+    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
+        yield
 
 
 def print_json(value: Any) -> None:

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probekit.cli import state
-from probekit.cli.plain import count, interval, number, print_json, print_table, tame, without_nan, wrapped
+from probekit.cli.plain import (
+    count,
+    interval,
+    json_alone,
+    number,
+    print_json,
+    print_table,
+    tame,
+    without_nan,
+    wrapped,
+)
 
 if TYPE_CHECKING:
     from probekit.reports.charts import Chart, Panel, Point
@@ -49,6 +59,7 @@ def choose(kind: str, asked: Sequence[str], known: Sequence[str]) -> list[str]:
     found = []
     for name in asked:
         near = [k for k in known if name in (k, k.partition(":")[0], k.partition("@")[0])]
+        near = near or [k for k in known if name and k.startswith(name)]
         if name not in known and len(near) != 1:
             families = [k.partition(":")[0] for k in known]
             hint = did_you_mean(name, [*known, *families]) or f"it has {', '.join(map(tame, known))}"
@@ -110,7 +121,15 @@ def _print_status(run: Run, cells: Sequence[Cell], counts: Counter[str]) -> None
     said = [f"{counts[s]} {s}" for s in ("done", "failed", "does not apply", "unfinished") if counts[s]]
     typer.echo(", ".join(said) or "no cells")
     if counts["unfinished"]:
-        typer.echo("the command that began it, given again, does what is missing")
+        for line in completing(run):
+            typer.echo(line)
+
+
+def completing(run: Run) -> list[str]:
+    """How to finish a run; the command unbroken, to be copied."""
+    from probekit.reports.provenance import command
+
+    return ["what is unfinished is done by", f"    {tame(' '.join(command(run, str(run.path))))}"]
 
 
 def _said(run: Run, cell: Cell) -> str:
@@ -235,7 +254,8 @@ def _print_panel(chart: Chart, panel: Panel) -> None:
         typer.echo(line)
     has_heads = any(p.spread == p.spread for c in panel.curves for p in c.points)
     spread = "; +- standard deviation over heads" if has_heads else ""
-    for line in wrapped(f"mean [low, high]: {chart.interval or 'no interval'}{spread}", 0):
+    heading = "mean, no interval" if chart.interval == "none" else f"mean [low, high]: {chart.interval}"
+    for line in wrapped(f"{heading}{spread}", 0):
         typer.echo(line)
     rows = panel.table()
     # what is the same in every row, or another for every model, tells nothing here
@@ -308,8 +328,9 @@ def report_command(
       probekit report runs/2026-11-22-1 --open
       probekit report runs/2026-11-22-1 --format csv --out numbers.csv
     """
-    from probekit.errors import PluginError, ProbekitError
+    from probekit.errors import PluginError
     from probekit.names import quoted
+    from probekit.plugins.loading import blamed
     from probekit.store.runfolder import Run
 
     run = Run(folder)
@@ -319,14 +340,11 @@ def report_command(
     suffix = entry.spec.suffix
     name = f"report{suffix}" if entry.built_in else f"report-{entry.spec.name}{suffix}"
     path = run.path / name if out is None else out / name if out.is_dir() else out
-    try:
+    who = f"report {quoted(kind)} of {quoted(entry.owner)}"
+    with json_alone(as_json), blamed(who):
         written = Path(render(run, path))
-    except ProbekitError:
-        raise
-    except Exception as error:
-        owner = f"{entry.pack} {entry.version}".strip()
-        message = f"report {quoted(kind)} of {quoted(owner)} failed: {type(error).__name__}: {error}"
-        raise PluginError(message, hint="--debug shows where") from error
+    if not written.exists():
+        raise PluginError(f"{who} says it wrote {quoted(written)}, which does not exist")
     if as_json:
         print_json({"report": str(written), "format": entry.name})
     else:

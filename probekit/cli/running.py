@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from probekit.cli import state
+from probekit.cli.plain import json_alone
+from probekit.cli.reading import completing
 
 if TYPE_CHECKING:
+    from probekit.errors import ProbekitError
     from probekit.execution import Event, Forecast
     from probekit.store.runfolder import Run
 
@@ -112,7 +115,9 @@ def run_command(
     if dry_run:
         from probekit.execution import forecast
 
-        return _dry_run(forecast(resolved, catalog, folder), folder, " x ".join(counts), as_json)
+        with json_alone(as_json):
+            found = forecast(resolved, catalog, folder)
+        return _dry_run(found, folder, " x ".join(counts), as_json)
     if not as_json:
         typer.echo(f"  {' x '.join(counts)}: {folder}{' (continued)' if resumed else ''}")
         if not dataset and grid is None:
@@ -165,7 +170,7 @@ class Shown:
 
     def __call__(self, event: Event) -> None:
         if event.kind == "cell-failed":
-            self.errors.append(event.error)
+            self.errors.append(event.error if state.debug() else _bare(event.error))
             self.say(f"  {event.model}: failed: {event.text}")
         if self.progress is None:
             return
@@ -194,10 +199,19 @@ class Shown:
             self.say(f"  {event.metric} on {event.model}: {event.outcome.status}: {event.outcome.reason}")
 
 
+def _bare(error: ProbekitError) -> ProbekitError:
+    """What an error says, without its traceback, which would keep the failed model in memory."""
+    from probekit.errors import ProbekitError
+
+    kind = next(cls for cls in type(error).__mro__ if cls.__module__ == ProbekitError.__module__)
+    return kind(error.message, hint=error.hint)
+
+
 @contextmanager
 def shown(quiet: bool) -> Iterator[Shown]:
     if quiet:
-        yield Shown(None)
+        with json_alone(True):
+            yield Shown(None)
         return
     from rich.console import Console
     from rich.progress import (
@@ -267,7 +281,8 @@ def _closing(run: Run, catalog: Any, listen: Shown, as_json: bool) -> int:
     by_status: dict[str, list[Any]] = {}
     for cell in cells:
         by_status.setdefault(cell.outcome.status, []).append(cell)
-    report = catalog.resolve_target(catalog.report("html"))(run, run.path / "report.html")
+    with json_alone(as_json):  # findings of plugins are in the page
+        report = catalog.resolve_target(catalog.report("html"))(run, run.path / "report.html")
     if as_json:
         listed = [
             {
@@ -288,6 +303,9 @@ def _closing(run: Run, catalog: Any, listen: Shown, as_json: bool) -> int:
             parts.append(f"{_count(listen.bad_images, 'image')} left out")
         typer.echo(f"  {', '.join(parts)}")
         typer.echo(f"  {report}")
+        if "unfinished" in by_status:  # cells that this command didn't ask for
+            for line in completing(run):
+                typer.echo(f"  {line}")
     if listen.errors and "done" not in by_status:
         raise listen.errors[0]
     return 1 if by_status.get("failed") else 0

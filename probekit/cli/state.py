@@ -35,16 +35,6 @@ def debug() -> bool:
     return _state.debug
 
 
-def plugin_files() -> tuple[str, ...]:
-    """The files of ``--plugin``, for a worker that needs the same catalog."""
-    return _state.plugins
-
-
-def plugins_enabled() -> bool:
-    """False with ``--no-plugins``."""
-    return not _state.no_plugins
-
-
 def catalog(announce: bool = True) -> Catalog:
     """This invocation's catalog, built once. Problems go to stderr, one line each, as they are met.
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import operator
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
@@ -10,7 +12,7 @@ import numpy as np
 import xxhash
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from probekit.errors import DataError, PluginError, UsageError
+from probekit.errors import DataError, PluginError, ProbekitError, UsageError
 
 # Containers Pillow only stubs, or hands to another program: not something to probe a network with.
 BLOCKED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"})
@@ -109,14 +111,14 @@ class Dataset:
 
     def _pixels(self, index: int) -> bytes:
         try:
-            image = self.image(index)
+            image = image_of(self, index)
             if "P" in image.mode:  # the same indices with another palette are another image
                 image = image.convert("RGBA")
             digest = xxhash.xxh3_128(f"{image.mode} {image.size}".encode())
             digest.update(image.tobytes())
-        except UNREADABLE as error:
+        except (MemoryError, *UNREADABLE) as error:
             if is_shortage(error):
-                raise
+                raise fault(self, index, error) from error
             return b"unreadable"
         return digest.digest()
 
@@ -152,11 +154,46 @@ class Dataset:
             raise PluginError(
                 f"dataset {self.name!r} has {len(self.ids)} ids but {len(numbers)} {what}s",
             )
+        for number in numbers:
+            try:
+                operator.index(number)
+            except TypeError:
+                message = f"dataset {self.name!r} has the {what} {number!r}, which is no whole number"
+                raise PluginError(message, hint="names of classes go into 'classes'") from None
         if self.classes is not None and len(numbers):
             low, high = min(numbers), max(numbers)
             if low < 0 or high >= len(self.classes):
                 wrong = low if low < 0 else high
                 raise PluginError(f"dataset {self.name!r} has {what} {wrong} but {len(self.classes)} classes")
+
+
+def image_of(dataset: Dataset, index: int) -> Image.Image:
+    """``dataset.image(index)``. Raises one of `UNREADABLE`, `MemoryError`, or `PluginError` for a mistake in
+    the dataset's code."""
+    try:
+        image = dataset.image(index)
+    except (ProbekitError, MemoryError, *UNREADABLE):
+        raise
+    except Exception as error:
+        raise fault(dataset, index, error) from error
+    if not isinstance(image, Image.Image):
+        given, id = type(image).__name__, dataset.ids[index]
+        raise PluginError(
+            f"dataset {dataset.name!r} gave a {given!r} for image {id!r}, not an image",
+            hint="'image' returns a PIL.Image.Image",
+        )
+    return image
+
+
+def fault(dataset: Dataset, index: int, error: BaseException, what: str = "") -> ProbekitError:
+    """What to raise where a dataset's code, or the machine, failed at an image whose file may be fine."""
+    where = f"{what}dataset {dataset.name!r} failed at image {dataset.ids[index]!r}"
+    text = " ".join(str(error).split()) or type(error).__name__
+    if is_shortage(error):
+        return DataError(f"{where}: {text}", hint="use fewer workers or smaller batches")
+    found = PluginError(f"{where}: {type(error).__name__}: {text}", hint="--debug shows where")
+    found.add_note("".join(traceback.format_exception(error)))  # survives the way from a worker
+    return found
 
 
 def select(total: int, limit: int | None) -> list[int]:

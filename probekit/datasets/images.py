@@ -7,7 +7,6 @@ import multiprocessing
 import pickle
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +14,16 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from PIL import Image
 
-from probekit.datasets.dataset import UNREADABLE, BadImage, Dataset, decode_failure, is_shortage, to_rgb
+from probekit.datasets.dataset import (
+    UNREADABLE,
+    BadImage,
+    Dataset,
+    decode_failure,
+    fault,
+    image_of,
+    is_shortage,
+    to_rgb,
+)
 from probekit.errors import DataError, PluginError, ProbekitError, UsageError
 from probekit.specs import Preprocessing
 
@@ -119,6 +127,10 @@ def masks(dataset: Dataset, index: int, preprocessing: Preprocessing) -> np.ndar
         if is_shortage(error):
             raise
         raise BadImage(id, f"its mask: {decode_failure(error)}") from error
+    except ProbekitError:
+        raise
+    except Exception as error:
+        raise fault(dataset, index, error, "the mask of ") from error
     if numbers.ndim != 2 or numbers.dtype.kind not in "iub":
         raise BadImage(id, f"its mask has mode {mask.mode!r}, not one class number a pixel")
     numbers = numbers.astype(np.int64)
@@ -243,7 +255,7 @@ class _Loader:
             try:
                 pixels = self.transform(image)
             except MemoryError as error:
-                raise self._fault(index, error) from error
+                raise fault(self.dataset, index, error) from error
             self.prepared.put(index, pixels)
         if self.variant is None:
             return pixels
@@ -252,7 +264,7 @@ class _Loader:
         except ProbekitError:
             raise
         except Exception as error:
-            raise self._fault(index, error, "a variant of ") from error
+            raise fault(self.dataset, index, error, "a variant of ") from error
         if getattr(changed, "shape", None) != pixels.shape:
             shape = tuple(getattr(changed, "shape", ()))
             expected = tuple(pixels.shape)
@@ -265,22 +277,15 @@ class _Loader:
         """The image as RGB in memory. Raises `BadImage`, or `PluginError` where the dataset is at fault."""
         id = self.dataset.ids[index]
         try:
-            image = self.dataset.image(index)
+            image = image_of(self.dataset, index)
         except BadImage as error:
             raise BadImage(id, error.reason) from error
         except DataError as error:
             raise BadImage(id, error.message) from error
-        except UNREADABLE as error:
+        except (MemoryError, *UNREADABLE) as error:
             if is_shortage(error):
-                raise self._fault(index, error) from error
+                raise fault(self.dataset, index, error) from error
             raise BadImage(id, decode_failure(error)) from error
-        except Exception as error:
-            raise self._fault(index, error) from error
-        if not hasattr(image, "convert"):
-            given = type(image).__name__
-            raise PluginError(
-                f"dataset {self.dataset.name!r} gave a {given!r} for image {id!r}, not an image"
-            )
         try:  # a dataset may hand out an image that Pillow has only opened
             image.load()
             return to_rgb(image)
@@ -288,17 +293,8 @@ class _Loader:
             raise BadImage(id, error.message) from error
         except Exception as error:
             if is_shortage(error):
-                raise self._fault(index, error) from error
+                raise fault(self.dataset, index, error) from error
             raise BadImage(id, decode_failure(error)) from error
-
-    def _fault(self, index: int, error: BaseException, what: str = "") -> ProbekitError:
-        where = f"{what}dataset {self.dataset.name!r} failed at image {self.dataset.ids[index]!r}"
-        text = " ".join(str(error).split()) or type(error).__name__
-        if is_shortage(error):
-            return DataError(f"{where}: {text}", hint="use fewer workers or smaller batches")
-        fault = PluginError(f"{where}: {type(error).__name__}: {text}")
-        fault.add_note("".join(traceback.format_exception(error)))  # survives the way from a worker
-        return fault
 
 
 def _check_shape(image: Image.Image, preprocessing: Preprocessing, id: str) -> None:

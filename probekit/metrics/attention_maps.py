@@ -29,8 +29,9 @@ class AttentionMaps(Metric):
     attention_maps: a[query, key] among patch tokens, rows renormalised, each key at its place in the image: a
         window's keys where the window was before any shift; NaN where the query can't look.
     rollout: (Abnar and Zuidema, ACL 2020) R_l = A_l R_(l-1), A = (mean over heads + I) / 2, all tokens; the
-        class token's row, or the mean of the patches' rows without one, over the patch keys. Only where all
-        layers of the model's first part are global, on one grid.
+        row of the first prefix token (the class token where there is one), or the mean of the patches' rows
+        without any, over the patch keys. Only where all layers of the model's first part are global, on one
+        grid, and none attends to padding.
 
     Queries: the middle token, the upper left one, and the one at the shares `row` and `col` of height and
     width.
@@ -39,6 +40,7 @@ class AttentionMaps(Metric):
     """
 
     name = "attention_maps"
+    version = 2
     needs = frozenset({"attention", "attention_full"})
     dims: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention_maps": ("head", "query", "key_row", "key_col"),
@@ -52,7 +54,10 @@ class AttentionMaps(Metric):
         "definition": "cl-vs-mim, self_attention_analysis.ipynb; rollout: Abnar and Zuidema 2020",
         "prefix": "attention_maps: dropped from queries and keys; rollout: kept",
         "renormalised": True,
-        "rollout": "residual 1/2, heads averaged; the class token's row, not renormalised over the patches",
+        "rollout": (
+            "residual 1/2, heads averaged; row of the first prefix token (the class token where there is "
+            "one), without any the mean of the patches' rows; not renormalised over the patches"
+        ),
         "curve": "largest weight of a map, mean over images, heads and queries",
         "reading": "The same picture for all queries: attention depends on the image, not on the place.",
         "does_not_show": "A few images and places. Where attention goes isn't what the output depends on.",
@@ -71,7 +76,7 @@ class AttentionMaps(Metric):
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:
         """(B, H, 3, rows, columns) and the mean over heads of all tokens' attention, (B, T, T): (B, 0, 0) of
-        windows."""
+        windows, and beside padding."""
         try:
             mean = layer.attention_full.mean(1)
         except DoesNotApply:

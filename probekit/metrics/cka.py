@@ -11,7 +11,7 @@ import xarray as xr
 from probekit.errors import DoesNotApply
 from probekit.metric import Metric, Row, Traces
 from probekit.metrics.depth import depth_curve, last_layer
-from probekit.metrics.pooled import between_layers, pooled, source
+from probekit.metrics.pooled import POOLED, between_layers, pooled, source
 from probekit.summaries import layer_coordinates, result_attributes
 
 LEAST = 4
@@ -38,7 +38,7 @@ class CKA(Metric):
 
         tr(K~ L~) = ||X^T Y||^2 - d.e,  sum K~ = -sum d,  1^T K~ L~ 1 = d.e
 
-    pool: ``mean`` of the patch tokens, or ``cls``
+    pool: ``mean`` of the patch tokens; ``cls``, the first prefix token (the class token where there is one)
     """
 
     name = "cka"
@@ -50,7 +50,7 @@ class CKA(Metric):
         self.source = source(pool)
         self.conventions = {
             "definition": "Kornblith et al. 2019; unbiased HSIC of Song et al. 2012, as Nguyen et al. 2021",
-            "features": "mean of patch tokens" if pool == "mean" else "class token",
+            "features": POOLED[pool],
             "kernel": "linear",
             "zero_by_zero": "NaN: features that are the same for all images",
             "curve": "each layer with the last one",

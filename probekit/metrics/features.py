@@ -13,6 +13,7 @@ from torch import Tensor
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Traces
 from probekit.metrics.depth import depth_curve
+from probekit.metrics.pooled import POOLED
 from probekit.summaries import layer_coordinates, result_attributes, summary
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Features(Metric):
     """The residual stream pooled over an image's tokens, no norm applied.
 
-    pool: ``mean`` of the patch tokens; ``cls``, the first prefix token; ``both``, cls and then mean
+    pool: ``mean`` of the patch tokens; ``cls``, the first prefix token (the class token where there is one);
+        ``both``, cls and then mean
 
     The result is its mean over images and, as the curve, the root mean square over channels; the per-image
     vectors are the trace.
@@ -35,14 +37,12 @@ class Features(Metric):
 
     def __init__(self, pool: str = "mean"):
         super().__init__(pool=pool)
-        if pool not in ("mean", "cls", "both"):
+        if pool not in POOLED:
             raise UsageError(f"pool is 'mean', 'cls' or 'both', not '{pool}'")
         self.pool = pool
         self.conventions = {
             "definition": "residual stream before any final norm",
-            "pool": {"mean": "mean of patch tokens", "cls": "first prefix token", "both": "cls, then mean"}[
-                pool
-            ],
+            "pool": POOLED[pool],
             "curve": "root mean square over channels of an image's vector",
             "reading": "How large the pooled vector is. What the layers know is read by the probes.",
             "does_not_show": "What is encoded: the scale of the residual stream grows by itself.",
@@ -53,7 +53,7 @@ class Features(Metric):
         found = []
         if self.pool != "mean":
             if not layer.prefix:
-                raise DoesNotApply("the model has no CLS token")
+                raise DoesNotApply("the model has no prefix token")
             found.append(layer.prefix_tokens()[:, 0].float())
         if self.pool != "cls":
             found.append(layer.tokens.mean(1))

@@ -32,11 +32,13 @@ class Fourier(Metric):
     f = k / min(rows, cols) for k = 0 .. ceil(min(rows, cols) / 2) - 1: the published code's half diagonal,
     which stops before the Nyquist frequency (6/7 pi on a 14 x 14 grid, labelled pi there). So grids of
     different size are measured at different frequencies: compare along the axis `frequency`, |f| per axis in
-    units of pi. On a grid that isn't square the transform is evaluated at the same f along both axes, which
-    needs no interpolation.
+    units of pi. Where f is no frequency of the longer axis' discrete transform, log(|F| + 1e-6) is
+    interpolated linearly between the two of its frequencies beside f. (F at f itself would not do: along that
+    axis no whole number of periods fits, so whatever varies along the other axis alone would leak in.)
 
     dc: ``include`` subtracts frequency 0, as published, which confounds "little high frequency" with "a large
-    mean"; ``exclude`` subtracts the lowest frequency above it.
+    mean"; ``exclude`` subtracts the lowest frequency above it, and does not apply where that is the only one
+    (sides of 3 and 4).
     fourier_common: `fourier` at one frequency, 0.75 pi, for comparing grids of different size, linear between
     its neighbours; at the last one on a grid that ends before (sides of 3, 4 and 6).
     floor_channels: share of channels with nothing above frequency 0 (all amplitudes below 1e-6): constant
@@ -44,6 +46,7 @@ class Fourier(Metric):
     """
 
     name = "fourier"
+    version = 2
     needs = frozenset({"tokens"})
     dims: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "fourier": ("frequency",),
@@ -80,6 +83,7 @@ class Fourier(Metric):
             "reference": "frequency 0" if dc == "include" else "lowest frequency above 0",
             "common": f"{self.common} pi, linear between its neighbours, or the grid's last below it",
             "frequencies": "(f, f), f = k / min(rows, cols), below Nyquist; no window, no normalisation",
+            "interpolation": "of log amplitudes, along the longer axis where f is no frequency of it",
             "reading": (
                 "The higher, the more the tokens differ between neighbours, relative to what they share."
             ),
@@ -92,9 +96,14 @@ class Fourier(Metric):
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:
         """(B, F), (B, F), (B,) and (B,)."""
         rows, cols = layer.grid
-        _check(rows, cols)
-        amplitude = diagonal_amplitudes(layer.tokens, rows, cols)
-        log_amplitude = (amplitude + self.eps).log().mean(-1)
+        self._check(rows, cols)
+        if max(rows, cols) % min(rows, cols) == 0:
+            amplitude = diagonal_amplitudes(layer.tokens, rows, cols)
+            log_amplitude = (amplitude + self.eps).log().mean(-1)
+        else:
+            amplitude, share = amplitudes_beside(layer.tokens, rows, cols)
+            logs = (amplitude + self.eps).log().mean(-1)
+            log_amplitude = torch.cat([logs[:, :1], torch.lerp(logs[:, 1::2], logs[:, 2::2], share)], 1)
         relative = log_amplitude - log_amplitude[:, self.reference, None]
         low, share = divmod(self._common_bin(rows, cols), 1)
         neighbours = relative[:, int(low)], relative[:, min(int(low) + 1, _count(rows, cols) - 1)]
@@ -112,7 +121,7 @@ class Fourier(Metric):
         others of a complex one (-gamma/2).
         """
         rows, cols = layer.grid
-        _check(rows, cols)
+        self._check(rows, cols)
         frequency = 2 * np.arange(_count(rows, cols)) / min(rows, cols)
         white_noise = np.where(frequency > 0, 0.5 * math.log(2), 0.0)
         return {"frequency": frequency, "white_noise": white_noise - white_noise[self.reference]}
@@ -128,13 +137,20 @@ class Fourier(Metric):
         }
         return result
 
+    def _check(self, rows: int, cols: int) -> None:
+        above = _count(rows, cols) - 1
+        if above < 1:
+            raise DoesNotApply(f"a grid of {rows} x {cols} tokens has no frequency between 0 and Nyquist")
+        if self.reference and above == 1:
+            raise DoesNotApply(f"a grid of {rows} x {cols} tokens has one frequency above 0: dc=exclude is 0")
+
     def _common_bin(self, rows: int, cols: int) -> float:
         """The common frequency in steps of this grid's axis."""
         return min(self.common * min(rows, cols) / 2, _count(rows, cols) - 1)
 
 
 def diagonal_amplitudes(tokens: Tensor, rows: int, cols: int) -> Tensor:
-    """|F| at the frequencies (f, f), (B, F, C), of maps (B, rows * cols, C).
+    """|F| at the frequencies (f, f), (B, F, C), of maps (B, rows * cols, C) whose sides divide each other.
 
     F depends on row + col modulo min(rows, cols) alone, so tokens are added along those diagonals first and
     their sums transformed after their mean is taken off: a constant map then has nothing above frequency 0,
@@ -148,6 +164,40 @@ def diagonal_amplitudes(tokens: Tensor, rows: int, cols: int) -> Tensor:
         real, imaginary = product(waves.expand(batch, -1, -1), sums - mean).chunk(2, 1)
         above = real.square().addcmul_(imaginary, imaginary).sqrt_()
         return torch.cat([(mean * len(diagonals)).abs_(), above], 1)
+
+
+def amplitudes_beside(tokens: Tensor, rows: int, cols: int) -> tuple[Tensor, Tensor]:
+    """|F| at 0 and at the two frequencies of the discrete transform beside each (f, f), below and above it,
+    (B, 1 + 2 (F - 1), C); and the upper one's share, (F - 1).
+
+    The mean is taken off first, so that a constant map has nothing above frequency 0.
+    """
+    batch = len(tokens)
+    with exact_float32(tokens.device):
+        ones, waves, share = _waves_beside(rows, cols, tokens.device)
+        tokens = tokens.float()
+        total = product(ones.expand(batch, -1, -1), tokens)
+        real, imaginary = product(waves.expand(batch, -1, -1), tokens - total / (rows * cols)).chunk(2, 1)
+        above = real.square().addcmul_(imaginary, imaginary).sqrt_()
+        return torch.cat([total.abs_(), above], 1), share
+
+
+@lru_cache(maxsize=32)
+def _waves_beside(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """(1, N) ones; (4 (F - 1), N) cosines over sines, at each k = 1 .. F - 1 of the shorter axis with the
+    integers below and above k * long / short of the longer; (F - 1) shares of the upper ones."""
+    short, long = sorted((rows, cols))
+    k = torch.arange(1, _count(rows, cols))
+    low, rest = k * long // short, k * long % short
+    beside = torch.stack([low, low + (rest > 0)], 1).flatten()
+    k = k.repeat_interleave(2)
+    r, c = (axis.flatten() for axis in torch.meshgrid(torch.arange(rows), torch.arange(cols), indexing="ij"))
+    s, t = (r, c) if rows == short else (c, r)
+    # k s / short + beside t / long periods, as integers over rows * cols: exact for large grids
+    periods = (k[:, None] * s * long + beside[:, None] * t * short) % (rows * cols)
+    angle = 2 * math.pi / (rows * cols) * periods.double()
+    waves = torch.cat([angle.cos(), angle.sin()]).float()
+    return torch.ones(1, rows * cols, device=device), waves.to(device), (rest / short).to(device)
 
 
 @lru_cache(maxsize=32)
@@ -165,8 +215,3 @@ def _matrices(rows: int, cols: int, device: torch.device) -> tuple[Tensor, Tenso
 def _count(rows: int, cols: int) -> int:
     """Frequencies from 0 to below Nyquist."""
     return -(-min(rows, cols) // 2)
-
-
-def _check(rows: int, cols: int) -> None:
-    if _count(rows, cols) < 2:
-        raise DoesNotApply(f"a grid of {rows} x {cols} tokens has no frequency between 0 and Nyquist")

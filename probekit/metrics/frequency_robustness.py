@@ -9,7 +9,7 @@ import xarray as xr
 
 from probekit.datasets.noise import BandNoise
 from probekit.errors import MetricError, UsageError
-from probekit.metric import Row, Traces, Variation
+from probekit.metric import Traces, Variation
 from probekit.metrics.depth import depth_curve, image_coordinate
 from probekit.metrics.readout import (
     Readout,
@@ -38,6 +38,7 @@ class FrequencyRobustness(Readout):
     """
 
     name = "frequency_robustness"
+    version = 2
     units = {"frequency_robustness": "percentage points", "clean_accuracy": "%", "rms": "1"}
     figure = "Fig. 8b"
 
@@ -107,7 +108,7 @@ class FrequencyRobustness(Readout):
             units="percentage points",
             reduced=f"mean over bands above {_HIGH:g} pi",
         )
-        size = _input_size(heads.rows)
+        size = traces.image_size
         floor = best_constant(traces.labels, heads.known)
         variables = {
             **found,
@@ -137,7 +138,7 @@ class FrequencyRobustness(Readout):
             coordinates,
             seeds=self.seeds,
             chance=floor,
-            rms_size=f"{size[0]} x {size[1]}",
+            rms_size=f"{size[0]} x {size[1]}" if size else "unknown",
             train_classes=len(heads.known),
         )
 
@@ -161,15 +162,8 @@ class FrequencyRobustness(Readout):
     def _noise(self, band: float, seed: int) -> BandNoise:
         return BandNoise(band, self.half_width, self.eps, self.energy, self.symmetric, seed)
 
-    def _rms(self, size: tuple[int, int]) -> list[float]:
-        """Of each band's noise; NaN where the size read off the grid isn't one the noise is defined for."""
-        try:
-            return [self._noise(band, 0).rms((3, *size)) for band in self.bands]
-        except UsageError:
+    def _rms(self, size: tuple[int, int] | None) -> list[float]:
+        """Of each band's noise on the network's input; NaN where its size is not known."""
+        if size is None:
             return [float("nan")] * len(self.bands)
-
-
-def _input_size(rows: Sequence[Row]) -> tuple[int, int]:
-    """Pixels of the network's input, from the finest grid."""
-    row = min(rows, key=lambda r: r.stride[0])
-    return round(row.grid[0] * row.stride[0]), round(row.grid[1] * row.stride[1])
+        return [self._noise(band, 0).rms((3, *size)) for band in self.bands]

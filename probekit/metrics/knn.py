@@ -13,7 +13,7 @@ from probekit.attention import exact_float32
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Traces
 from probekit.metrics.depth import depth_curve, image_coordinate
-from probekit.metrics.pooled import between_layers, pooled, source
+from probekit.metrics.pooled import POOLED, between_layers, pooled, source
 from probekit.metrics.readout import wilson
 from probekit.summaries import layer_coordinates, result_attributes
 
@@ -33,7 +33,7 @@ class KNN(Metric):
     normalised. Interval: Wilson's score interval, 95 %, over test images.
 
     k: of the value `knn`; 10, 20, 100 and 200 are in `knn_by_k` too. Never more than there are train images.
-    pool: ``mean`` of the patch tokens, or ``cls``
+    pool: ``mean`` of the patch tokens; ``cls``, the first prefix token (the class token where there is one)
     """
 
     name = "knn"
@@ -47,7 +47,7 @@ class KNN(Metric):
         self.k, self.source = k, source(pool)
         self.conventions = {
             "definition": "weighted kNN of Caron et al. 2021 (DINO), eval_knn.py",
-            "features": "mean of patch tokens" if pool == "mean" else "class token",
+            "features": POOLED[pool],
             "normalised": "each image's features to length 1; no centring, no final norm of the model",
             "similarity": "cosine, float32",
             "weights": "exp(similarity / 0.07)",

@@ -44,6 +44,7 @@ class NMI(Metric):
     """
 
     name = "nmi"
+    version = 2
     needs = frozenset({"attention_stats"})
     dims: ClassVar[Mapping[str, tuple[str, ...]]] = {"nmi": ("head",), "nmi_global": ("head",)}
     units: ClassVar[Mapping[str, str]] = {"nmi": "1", "nmi_global": "1"}
@@ -92,9 +93,11 @@ class NMI(Metric):
     def describe(self, layer: Layer) -> Mapping[str, float]:
         """`uniform` and `uniform_global`: nmi and nmi_global of attention that is equal over its window."""
         parts = layer.windows()
-        apart, tokens = _partition_entropy(parts), _tokens(parts)
-        # Uniform keys: H_g(k) = log n_g, so H(k) = log N, and I_g = 0.
-        return {"uniform": 0.0, "uniform_global": apart / math.log(tokens) if tokens > 1 else 0.0}
+        apart = _partition_entropy(parts)
+        # Uniform keys: I_g = 0 and H_g(k) = log m_g. A window may have more keys (m_g) than queries: Hiera.
+        keys = apart + sum(part.window_share * math.log(part.distances.shape[-1]) for part in parts)
+        whole = apart / math.sqrt(math.log(_tokens(parts)) * keys) if apart else 0.0
+        return {"uniform": 0.0, "uniform_global": whole}
 
     def summarize(self, traces: Traces) -> xr.Dataset:
         """As every metric, and `nmi_density` (layer, density_at), which integrates to 1 over the real line.

@@ -12,13 +12,20 @@ from probekit.metric import Traces
 POOLS = {"mean": "features", "cls": "features:pool=cls", "both": "features:pool=both"}
 """A metric's option ``pool`` and the source it stands for."""
 
+POOLED = {
+    "mean": "mean of patch tokens",
+    "cls": "first prefix token (the class token where there is one)",
+    "both": "first prefix token (the class token where there is one), then mean of patch tokens",
+}
+"""What the features are then. Nothing in a model's anatomy tells a register from a class token."""
+
 
 def source(pool: str, allowed: Collection[str] = ("mean", "cls")) -> str:
     """The metric whose traces hold features pooled so. Raises `UsageError` for a `pool` not `allowed`."""
     if pool not in allowed:
         raise UsageError(
             f"pool is {' or '.join(map(repr, allowed))}, not '{pool}'",
-            hint="mean: of patch tokens; cls: the class token",
+            hint=f"mean: of patch tokens; cls: {POOLED['cls']}",
         )
     return POOLS[pool]
 

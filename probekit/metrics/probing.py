@@ -147,7 +147,10 @@ def fit_many(
     known, targets = np.unique(np.asarray(labels), return_inverse=True)
     if len(known) < 2:
         raise DoesNotApply(f"the train split shows {len(known)} of the classes, a probe needs two")
-    task = _Task(recipe, targets, len(known), torch.device(device), seed)
+    device = torch.device(device)
+    if device.type == "mps":  # it has no float64
+        device = torch.device("cpu")
+    task = _Task(recipe, targets, len(known), device, seed)
     held = held_out(targets, recipe.held_out, seed, groups) if recipe.chooses else None
     solve = _lbfgs if recipe.solver == "lbfgs" else _sgd
     return [

@@ -15,17 +15,11 @@ from scipy.special import ndtri
 from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.metric import Metric, Row, Traces
 from probekit.metrics.depth import depth_curve
-from probekit.metrics.pooled import POOLS, source
+from probekit.metrics.pooled import POOLED, POOLS, source
 from probekit.metrics.probing import GRADIENT, L2_GRID, LR_GRID, Probe, Recipe, fit_many
 from probekit.summaries import LEVEL, layer_coordinates, result_attributes
 
 _LAST: dict[bytes, list[Probe]] = {}  # what was fitted last, by what it was fitted to
-
-POOLED = {
-    "mean": "mean of the patch tokens",
-    "cls": "class token",
-    "both": "class token and mean of the others",
-}
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Heads:
 class Readout(Metric):
     """A metric whose `summarize` trains probes on the features of the train split.
 
-    pool:   ``mean`` of the patch tokens, ``cls``, or ``both`` concatenated
+    pool:   ``mean`` of the patch tokens, ``cls`` (the first prefix token), or ``both`` concatenated
     norm:   affine-free, inside the probe: ``bn``, ``ln`` or ``none``
     solver: ``lbfgs`` (deterministic logistic regression) or ``sgd`` (the paper's Table A.1)
     l2, lr: a number; empty: chosen on a held-out part of the train split (l2 of sgd: 0.05)

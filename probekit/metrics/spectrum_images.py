@@ -11,7 +11,7 @@ from probekit.errors import DoesNotApply
 from probekit.metric import Metric, Traces
 from probekit.metrics import spectra
 from probekit.metrics.depth import depth_curve
-from probekit.metrics.pooled import measured, pooled, source
+from probekit.metrics.pooled import POOLED, measured, pooled, source
 from probekit.summaries import layer_coordinates, result_attributes
 
 
@@ -25,7 +25,8 @@ class SpectrumImages(Metric):
     attribute ``warning``. No intervals: a bootstrap is C^3 a resample, and biased (a resample has fewer
     different images, so a shorter spectrum).
 
-    pool: ``mean`` of the patch tokens, as published; ``cls``: the class token.
+    pool: ``mean`` of the patch tokens, as published; ``cls``: the first prefix token (the class token
+        where there is one)
     """
 
     name = "spectrum_images"
@@ -37,7 +38,7 @@ class SpectrumImages(Metric):
         self.source = source(pool)
         self.conventions = {
             "definition": "Park et al. 2023, Fig. 7; pseudo-code in naver-ai/cl-vs-mim, issue 2",
-            "features": "mean of patch tokens" if pool == "mean" else "class token",
+            "features": POOLED[pool],
             "log": "natural",
             "values": "eigenvalues of the covariance, not singular values of the data: a factor 2 in the log",
             "ddof": 1,

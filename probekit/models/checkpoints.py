@@ -209,6 +209,10 @@ def _convert(target: str, kept: dict[str, Tensor], module: nn.Module, source: st
         ) from error
 
 
+SPARE_KEYS = "the model's weights are all there: save the file without these keys"
+"""The hint where a file holds more than the model, and nothing is missing."""
+
+
 def _check_fit(
     module: nn.Module, kept: Mapping[str, Tensor], outside: Sequence[str], layout: Layout, source: str
 ) -> None:
@@ -231,7 +235,11 @@ def _check_fit(
         raise WeightsError(
             f"'{source}' doesn't fit the model{kind}: keys {'; '.join(problems)}",
             hint=layout.hint
-            or "the file is of another architecture, variant or training stage; check the name",
+            or (
+                "the file is of another architecture, variant or training stage; check the name"
+                if missing or shapes
+                else SPARE_KEYS
+            ),
         )
 
 

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from probekit.errors import PluginError, ProbekitError, UsageError, WeightsError
+from probekit.models import candidates
 from probekit.models.checkpoints import Accounting, adopt, choose, landing
 from probekit.models.fetch import Progress, fetch_checked, sha256
 from probekit.models.weightfile import load
-from probekit.specs import ModelSpec, Preprocessing, Weights
+from probekit.specs import Layout, ModelSpec, Preprocessing, Weights
 
 
 @dataclass(frozen=True)
@@ -150,11 +151,17 @@ def load_entry(
     arguments = dict(options or {})
     if not own or (image_size is not None and _takes(build, "image_size")):
         arguments["image_size"] = image_size
+    place = None
+    if own and path is not None:  # words of ours, as `timm:` takes them, unless the callable has its own
+        words = [word for word in ("container", "prefix") if not _takes(build, word)]
+        place = {word: str(arguments.pop(word)) for word in words if word in arguments}
     if spec.loads_weights:
         arguments["weights"] = path or ("random" if weights == "random" else "published")
 
     model = _built(build, () if own else (variant,), arguments, seed, who)
-    if path is not None and not spec.loads_weights:
+    if place is not None:
+        model.accounting = _load_own(model.module, path, name.partition("@")[0], place)
+    elif path is not None and not spec.loads_weights:
         model.accounting = _load_weights(model.module, path, spec, arguments, name)
     settle(model.module)
     if model.weights is None:
@@ -210,7 +217,7 @@ def settle(module: nn.Module) -> nn.Module:
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # alone: torch's own function reseeds the GPU's too
         yield
 
 
@@ -235,11 +242,21 @@ def _built(
     return model
 
 
+def _load_own(module: nn.Module, path: Path, name: str, place: Mapping[str, str]) -> Accounting:
+    """A checkpoint of the user's own into a callable's module: found by its names, then taken strictly."""
+    source = str(path)
+    found = candidates.choose(load(path), module.state_dict(), source=source, target=name, **place)
+    taken = adopt(module, found.tensors, Layout(), source=source)
+    used = tuple(f"{found.prefix}{key}" for key in taken.used)
+    layout = f"from {found.where}" if found.container or found.prefix else ""
+    return replace(taken, used=used, ignored=found.outside, layout=layout)
+
+
 def _load_weights(
     module: nn.Module, path: Path, spec: ModelSpec, options: Mapping[str, Any], name: str
 ) -> Accounting:
     state = load(path)
-    known = spec.weights or Weights()  # a callable of the user's own: its own keys
+    known = spec.weights or Weights()  # the model's own keys
     layouts = known.suiting(options)
     if not layouts:
         raise PluginError(f"'{name}' has no layout for the options {dict(options)}")

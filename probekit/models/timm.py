@@ -22,7 +22,7 @@ from timm.models import create_model, get_pretrained_cfg, is_model, list_models
 from torch import Tensor, nn
 
 from probekit.errors import PluginError, UsageError, WeightsError
-from probekit.models.checkpoints import check_heads
+from probekit.models.checkpoints import SPARE_KEYS, check_heads
 from probekit.models.fetch import hub, hub_answer, sha256
 from probekit.models.model import Model, WeightsIdentity
 from probekit.models.timm_own import OwnWeights, weights_in
@@ -297,7 +297,9 @@ def _misfit(source: str, variant: str, message: str, where: str) -> WeightsError
     place = f" ({where})" if where else ""
     return WeightsError(
         f"'{source}'{place} doesn't fit 'timm:{variant}': keys {'; '.join(parts)}",
-        hint="the file is of another architecture, or one that a model pack reads: `probekit list models`",
+        hint=SPARE_KEYS
+        if len(parts) == 1 and "unexpected" in parts[0]
+        else "the file is of another architecture, or one that a model pack reads: `probekit list models`",
     )
 
 

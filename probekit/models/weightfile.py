@@ -206,7 +206,8 @@ def _needs_code(path: Path, what: str) -> WeightsError:
     return WeightsError(
         f"'{path}' needs code to load ('{what}') and was refused",
         hint="if you trust it, load it yourself where it can do no harm and keep only the tensors, then give"
-        " that file with @PATH:\n    state = torch.load(FILE, weights_only=False)['state_dict']\n    "
+        " that file with @PATH:\n    found = torch.load(FILE, weights_only=False)\n    "
+        "state = found.state_dict() if hasattr(found, 'state_dict') else found.get('state_dict', found)\n    "
         "safetensors.torch.save_file({k: v.contiguous() for k, v in state.items()}, 'weights.safetensors')",
     )
 

@@ -29,14 +29,16 @@ _PROBE = {
 }
 _POOL = {
     "pool": Option(
-        default="mean", choices=("mean", "cls"), help="which features: mean of patch tokens, or the CLS token"
+        default="mean",
+        choices=("mean", "cls"),
+        help="mean of patch tokens, or the first prefix token: the class token where there is one",
     ),
 }
 _POOLED_PROBE = {
     "pool": Option(
         default="mean",
         choices=("mean", "cls", "both"),
-        help="which features: mean of the patch tokens, the CLS token, or both",
+        help="mean of patch tokens, the first prefix token (the class token where there is one), or both",
     ),
     **_PROBE,
     "sites": Option(
@@ -75,7 +77,7 @@ METRICS = [
             "pool": Option(
                 default="mean",
                 choices=("mean", "cls", "both"),
-                help="of patch tokens, the CLS token, or both",
+                help="mean of patch tokens, the first prefix token (class token where there is one), or both",
             )
         },
     ),

@@ -8,8 +8,11 @@ plugins that offer one name both exist as ``pack/name``, and the bare name is an
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
+import inspect
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,6 +69,11 @@ class Entry:
         return f"{self.pack}/{self.name}"
 
     @property
+    def owner(self) -> str:
+        """Pack and version, for messages."""
+        return f"{self.pack} {self.version}".strip()
+
+    @property
     def built_in(self) -> bool:
         return self.pack == BUILT_IN
 
@@ -73,6 +81,20 @@ class Entry:
     def variant(self) -> str:
         """The variant to build: the spec's, or the free text after ``timm:`` and ``hf:``."""
         return self.ref.variant if isinstance(self.ref, ModelRef) else getattr(self.spec, "variant", "")
+
+
+def source_of(entry: Entry, target: Any) -> dict[str, str]:
+    """What comes from a file has no version to rely on: what it does is the file's content.
+
+    target: the class or function that the entry names
+    """
+    if entry.version:
+        return {}
+    try:
+        file = inspect.getfile(inspect.unwrap(target))
+    except TypeError:  # an object that can be called: where it stands
+        file = sys.modules[entry.spec.target.partition(":")[0]].__file__ or ""
+    return {"source": hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}
 
 
 class Catalog:

@@ -29,7 +29,7 @@ import pluggy
 from pydantic import ValidationError
 
 from probekit import hookspecs
-from probekit.errors import PluginError, UsageError
+from probekit.errors import PluginError, ProbekitError, UsageError
 from probekit.hookspecs import API, GROUP
 from probekit.names import nearest, parse_model, quoted
 from probekit.specs import (
@@ -133,6 +133,20 @@ def contained(on_error: Callable[[BaseException], None], what: str) -> Iterator[
         on_error(error)
 
 
+@contextlib.contextmanager
+def blamed(who: str) -> Iterator[None]:
+    """Runs code that isn't ours: what it raises by mistake becomes a `PluginError` about `who`.
+
+    ``sys.exit`` is such a mistake; a lack of memory isn't.
+    """
+    try:
+        yield
+    except (ProbekitError, MemoryError):
+        raise
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{who} failed: {describe(error)}", hint="--debug shows where") from error
+
+
 def in_words(how: Callable[[Any], str], value: Any) -> str:
     """``str`` or ``repr`` of an object from a plugin, whose own method may be broken too."""
     try:
@@ -151,7 +165,9 @@ def describe(error: BaseException) -> str:
     text = " ".join(in_words(str, error).split())
     text = f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__
     frames = traceback.extract_tb(error.__traceback__)
-    ours = (*(f"{Path(file).parent}{os.sep}" for file in (__file__, pluggy.__file__)), "<frozen")
+    if error.__cause__ is not None:  # what we made a sentence of
+        frames += traceback.extract_tb(error.__cause__.__traceback__)
+    ours = (*(f"{Path(file).parent}{os.sep}" for file in (hookspecs.__file__, pluggy.__file__)), "<frozen")
     theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
     if not theirs or isinstance(error, SyntaxError):
         return text
@@ -319,6 +335,8 @@ def _call(plugin: Plugin, name: str, function: Any) -> None:
         answers = caller()  # pluggy leaves a None out
         if not answers:
             raise TypeError("it returned None; it must return a list")
+        if isinstance(answers[0], Spec):  # pydantic's models can be iterated over: field by field
+            raise TypeError("it returned one spec; it must return a list")
         specs = list(answers[0])
     good = [spec for spec in specs if isinstance(spec, KINDS[kind])]
     if len(good) < len(specs):

@@ -151,6 +151,7 @@ class Chart:
     reading:       how to read it, one sentence, "" where the metric says none
     limits:        what it does not show, "" where the metric says nothing
     conventions:   what a reader needs to compare the numbers with another tool's
+    interval:      how it was made; "none" where no point has one
     reduced:       how one image's values became one number a layer, "" without inner axes
     others:        further values the results hold
     """

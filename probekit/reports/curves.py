@@ -158,6 +158,8 @@ def _chart(metric: str, found: _Found, order: Sequence[str]) -> Chart:
         panels.append(Panel(dataset, curves, _baselines(results, value)))
     drawn = f"{value}_curve" if f"{value}_curve" in first else value
     units = str(first[drawn].attrs.get("units", first[value].attrs.get("units", "")))
+    points = [p for panel in panels for curve in panel.curves for p in curve.points]
+    has_interval = any(np.isfinite(p.low) for p in points)
     return Chart(
         metric,
         value,
@@ -166,7 +168,7 @@ def _chart(metric: str, found: _Found, order: Sequence[str]) -> Chart:
         reading,
         limits,
         conventions,
-        str(first.attrs.get("interval", "")),
+        str(first.attrs.get("interval", "")) if has_interval else "none",
         _reduction(first, value) if first[value].ndim > 1 else "",
         str(first.attrs.get("version", "")),
         str(first.attrs.get("pack", "")),

@@ -219,7 +219,8 @@ def _table(chart: Chart, panel: Panel) -> dict[str, Any]:
     texts = {name: [str(getattr(row, name)) for row in rows] for name in ("layer", "site", "part", "stage")}
     # a column that says the same everywhere says nothing
     shown = [name for name, column in texts.items() if name == "layer" or len(set(column)) > 1]
-    caption = f"Mean and 95 % interval{f' in {chart.units}' if chart.units else ''}."
+    what = "Mean" if chart.interval == "none" else "Mean and 95 % interval"
+    caption = f"{what}{f' in {chart.units}' if chart.units else ''}."
     if any(" / " in text for column in texts.values() for text in column):
         caption += " Where models differ in a layer's name or stage: in the order of their columns."
     heads = [("depth", "number"), *((name, "text") for name in shown)]

@@ -2,7 +2,7 @@
 
 run.json                                  the grid, versions, host
 cells/<model>/<dataset>/cell.json         identity: weights, images, preprocessing, dtype, anatomy
-cells/<model>/<dataset>/traces/<metric>-v1[-<options>]/all/rows.json, shard-00017.h5
+cells/<model>/<dataset>/traces/<metric>-v1[--<options>]/all/rows.json, shard-00017.h5
 cells/<model>/<dataset>/results/<metric>[-<options>].nc
 cells/<model>/<dataset>/outcomes/<metric>[-<options>].json
 report.html
@@ -22,7 +22,7 @@ from probekit.errors import StoreError
 from probekit.metric import Row, Traces
 from probekit.names import slug
 from probekit.store.mapped import VALUES, mapped_values
-from probekit.store.shards import canonical_json, shard_problem
+from probekit.store.shards import canonical_json, disagreement, shard_problem
 from probekit.store.writing import read_json, read_shard, seal_json, shard_name, shard_ranges
 
 FORMAT_VERSION = 1
@@ -60,7 +60,7 @@ class CellFolder:
 
     def trace(self, metric: str, version: int, images: str = MEASURED) -> Path:
         """Where a metric's traces are; `images` names others than the measured ones (`Pass.name`)."""
-        name, *options = metric.rpartition("/")[2].split(":", 1)
+        name, *options = metric.split(":", 1)
         return self.path / "traces" / slug(":".join((f"{name}-v{version}", *options))) / images
 
     def result(self, metric: str) -> Path:
@@ -186,10 +186,14 @@ class TraceFolder:
     @property
     def absent(self) -> str:
         """Why there is nothing to measure (a variation changes layers the model hasn't got); else ""."""
-        return (self.rows() or {}).get("absent", "")
+        said = self.rows() or {}
+        # another version of the metric may find something
+        same = canonical_json(said.get("identity")) == canonical_json(self.identity)
+        return said.get("absent", "") if same else ""
 
     def write_absent(self, reason: str) -> None:
-        seal_json(self.path / "rows.json", {"format_version": FORMAT_VERSION, "absent": reason})
+        said = {"absent": reason, "identity": dict(self.identity)}
+        seal_json(self.path / "rows.json", {"format_version": FORMAT_VERSION, **said})
 
     def as_written(self) -> TraceFolder:
         """This folder with the sample that it was made with."""
@@ -199,9 +203,16 @@ class TraceFolder:
     def read(
         self, ids: Sequence[str], labels: Sequence[int] | None, seed: int, *, mapped: bool = False
     ) -> Traces:
-        """All shards in dataset order; with `mapped` the values stay on disk until they are indexed."""
+        """All shards in dataset order; with `mapped` the values stay on disk until they are indexed.
+
+        Raises `StoreError` for a shard that says something else than this folder's identity.
+        """
         about = self.rows()
         values: dict[str, Any] = {}
+        for index in self.shards:
+            path = self.shard(index)
+            if problem := disagreement(path, read_shard(path, []).attrs, self.expected(index)):
+                raise StoreError(problem, hint="the command that measured it measures it again")
         if mapped:
             kept, values = mapped_values([self.shard(i) for i in self.shards])
         else:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from probekit.errors import StoreError, UsageError
-from probekit.names import did_you_mean
-from probekit.store.cells import FORMAT_VERSION, MEASURED, CellFolder, Outcome, TraceFolder
+from probekit.names import did_you_mean, parse_metric
+from probekit.store.cells import FORMAT_VERSION, MEASURED, CellFolder, Outcome, TraceFolder, identity_hash
+from probekit.store.sealing import foreign_files
 from probekit.store.shards import canonical_json
 from probekit.store.writing import read_json, seal_json
 
@@ -121,15 +122,18 @@ class Run:
         metric = _one("metric", metric, self.metrics)
         model, dataset = _one("model", model, self.models), _one("dataset", dataset, self.datasets)
         result = self.result(metric, model=model, dataset=dataset)
-        about = self.about(model, dataset)
-        path = self.folder(model, dataset).trace(metric, int(result.attrs["version"]))
+        about, version = self.about(model, dataset), int(result.attrs["version"])
+        path = self.folder(model, dataset).trace(metric, version)
         if not path.exists():
             raise StoreError(
                 f"'{metric}' keeps no values of its own",
                 hint="it is made from another metric's: see its page",
             )
         count = len(about["ids"])
-        folder = TraceFolder(path, {}, count, shard_size(count)).as_written()
+        tag = {"cell": identity_hash(about["identity"]), "version": version}
+        if pack := self.folder(model, dataset).outcome(metric).pack:
+            tag["metric"] = f"{pack}/{parse_metric(metric).name}"
+        folder = TraceFolder(path, tag, count, shard_size(count)).as_written()
         return folder.read(about["ids"], about["labels"], self.seed)
 
     def bad_images(self, model: str, dataset: str) -> list[dict[str, Any]]:
@@ -189,8 +193,7 @@ def create_run(path: Path, resolved: Resolved, versions: Mapping[str, str]) -> N
             return
         seal_json(file, {**before, "names": names})
         return
-    foreign = [p.name for p in path.iterdir() if not p.name.startswith("run.lock")] if path.exists() else []
-    if foreign:
+    if foreign := foreign_files(path):
         raise StoreError(
             f"'{path}' holds other files ('{foreign[0]}') and no run", hint="use an empty folder with `--out`"
         )

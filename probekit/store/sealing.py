@@ -150,6 +150,12 @@ def remove_temporaries(folder: Path) -> list[Path]:
     return found
 
 
+def foreign_files(folder: Path) -> list[str]:
+    """Names in a folder without a run or capture of what neither locks nor a killed writer left there."""
+    found = sorted(p.name for p in Path(folder).glob("*"))
+    return [n for n in found if not n.startswith("run.lock") and not _TEMPORARY.fullmatch(n)]
+
+
 def _discard(path: Path) -> None:
     with contextlib.suppress(OSError):
         os.unlink(path)

@@ -165,6 +165,11 @@ def shard_problem(path: Path, expect_attrs: Mapping[str, Any], *, verify: bool =
         attrs = read_shard(path, None if verify else [], verify=verify).attrs
     except (Missing, Damaged) as error:
         return error.message
+    return disagreement(path, attrs, expect_attrs)
+
+
+def disagreement(path: Path, attrs: Mapping[str, Any], expect_attrs: Mapping[str, Any]) -> str | None:
+    """The first of `expect_attrs` that a shard with `attrs` doesn't say, or None."""
     for key in sorted(expect_attrs):
         if key not in attrs:
             return f"shard '{path}' doesn't say '{key}'"

@@ -37,6 +37,12 @@ _HIDDEN = (
 )
 """Parts of names of torch's own calls that attend without showing q and k where a mode can look."""
 
+_ATTENDED = 1e-9
+"""A pair to which no head gives more than this is masked. A mask of -100 that is added to the scores leaks
+exp(-100 + their spread): 1.5e-11 with the largest scale that Swin V2 allows, 100. All heads count, and not
+most of them: regions are connected parts, so a pair that peaked heads leave out is still joined through
+others, while most heads of that scale leave out too many."""
+
 _SILENT_QUESTIONS = frozenset({"size", "dim", "__len__", "is_floating_point", "numel"})
 
 
@@ -211,7 +217,7 @@ class Discovery(TorchFunctionMode):
         allowed, shared = None, False
         if lead is not None and lead.windows > 1:
             maps = lead.canonical(probabilities())
-            allowed = maps.unflatten(0, (-1, lead.windows)).amax((0, 2)) > 1e-20
+            allowed = maps.unflatten(0, (-1, lead.windows)).amax((0, 2)) > _ATTENDED
             if _same_in_every_window(lead, queries) and not _same_in_every_window(lead, keys):
                 shared = queries[0].shape == keys[0].shape
                 queries = keys if shared else queries

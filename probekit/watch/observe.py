@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from probekit.attention import exact_float32
 from probekit.errors import DoesNotApply, MetricError, WatchError
 from probekit.layer import Layer, Scores
 from probekit.metric import Row
@@ -198,7 +199,8 @@ class Observation(TorchFunctionMode):
                 if bound is None:
                     got["heads"] = expected = lead.canonical(out)
                 elif self.wanted & {"heads"}:
-                    got["heads"] = got["scores"].full() @ got["v"].float()
+                    with exact_float32(got["v"].device):  # whatever the forward's precision
+                        got["heads"] = got["scores"].full() @ got["v"].float()
                     if self.verify:
                         _close(state.plan, mha_output(bound, got["heads"]), out[0])
             self._shapes(state, call, got)
@@ -253,6 +255,8 @@ class Observation(TorchFunctionMode):
             )
         if tap.written:
             tensor = tensor.clone()
+        if tensor.dtype in (torch.float16, torch.bfloat16):  # metrics see float32, whatever the forward's
+            tensor = tensor.float()
         patches = tap.layout.patches(tensor)
         prefix = tap.layout.prefix_tokens(tensor) if len(tap.layout.prefix) else patches[:, :0]
         for row, source in layer_sites(state.plan):
@@ -356,6 +360,11 @@ def _verify(plan: LayerPlan, got: Mapping[str, Any], windows: int, expected: Ten
     )
     maps = one.full()
     total = maps.sum(-1)
+    if not bool(total.isfinite().all()):
+        raise WatchError(
+            f"attention of '{plan.info.name}' is NaN or infinite",
+            hint="the weights are not finite, or the forward pass overflows: --dtype float32 or bfloat16",
+        )
     low = any(t is not None and t.dtype in (torch.float16, torch.bfloat16) for t in cut.values())
     if not bool(((total - 1).abs() < (2e-2 if low else 1e-3)).logical_or(total == 0).all()):
         raise WatchError(

@@ -72,9 +72,9 @@ class Watcher:
         _refuse_unwatchable(self.module)
         pair = (images if len(images) > 1 else images.repeat(2, 1, 1, 1))[:2].detach().clone()
         with _plain(), torch.no_grad():
-            before = _random_state(pair.device)
+            before = _random_states(pair.device)
             first = self._forward(self.module, pair)  # fills caches (masks, position tables) too
-            draws = not torch.equal(before, _random_state(pair.device))
+            draws = not all(map(torch.equal, before, _random_states(pair.device)))
             record = self._discover(pair)
             _refuse_chance(name, first, record, self._discover(pair) if draws else None)
         unwatched = _gaps(name, record)
@@ -158,8 +158,10 @@ def _plain() -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _random_states(device: torch.device) -> list[Tensor]:
+    """Of the CPU, whose numbers a model elsewhere may draw too, and of the device."""
+    own = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
+    return [torch.get_rng_state(), *own]
 
 
 def _refuse_chance(name: str, first: Any, record: Record, second: Record | None) -> None:
