@@ -97,7 +97,7 @@ class Collector:
             self.failure = Failure(f"{error.message} (at '{label}')")
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             text = f"it raised {type(error).__name__} at '{label}': {error}"
             self.failure = Failure(text, traceback.format_exc())
 

@@ -109,7 +109,7 @@ def run_cell(
     """Do what is missing of one cell. What fails in it is recorded; what no cell can survive is raised."""
     try:
         _Cell(folder, load, metrics, grid, listen).run()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         failure, details = error, ""
         if not isinstance(error, ProbekitError):  # the model's own
             failure = PluginError(f"{type(error).__name__}: {error}", hint="`--debug` shows where")
@@ -352,7 +352,10 @@ class _Cell:
             traces = shown.completed(m.read(shown, self.grid.seed, mapped=mapped))
             return replace(traces, image_size=image_size, train=read(train) if train is not None else None)
 
-        varied = {name: read(*pair) for name, pair in job.variations.items() if not pair[0].traces.absent}
+        absent = {name: pair[0].traces.absent for name, pair in job.variations.items()}
+        if absent and all(absent.values()):
+            raise DoesNotApply(next(iter(absent.values())))
+        varied = {name: read(*pair) for name, pair in job.variations.items() if not absent[name]}
         return replace(read(job.own, job.train), variations=varied)
 
     def _end(self, entry: Entry, outcome: Outcome, identity: str = "") -> None:

@@ -19,7 +19,7 @@ from probekit.anatomy import Anatomy
 from probekit.datasets import images as image_loading
 from probekit.datasets.dataset import BadImage, Dataset, select
 from probekit.engine import numerics, within_memory
-from probekit.errors import DataError, PluginError, WatchError
+from probekit.errors import DataError, DoesNotApply, PluginError, WatchError
 from probekit.events import Event, Listener
 from probekit.grid import Grid
 from probekit.layer import Layer
@@ -259,6 +259,8 @@ class Live:
         """The same architecture with random weights of another seed."""
         ref = replace(self.entry.ref, weights="random")
         made = load_model(ref, self.catalog, seed=self.grid.seed + 1, image_size=self.grid.image_size)
+        if made.weights.sha256 == self.model.weights.sha256:  # one that loads its weights itself
+            raise DoesNotApply("its builder gives the same weights whatever the seed: none are fresh")
         return made.module.to(self.device)
 
     def listed(self) -> tuple[list[str], list[int] | None]:

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import tiny
 from probe_traces import rows, split, traces
 
+import probekit
 from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.metrics.linear_probe import LinearProbe
 from probekit.metrics.reinit import FreshBlocks, Reinit, encoder_blocks
@@ -175,3 +176,29 @@ def test_what_it_cannot_do_it_says():
         with pytest.raises(UsageError):
             Reinit(blocks=wrong)
     assert Reinit(blocks="3-1-3").counts == [1, 3]
+
+
+BUILDERS = """
+import torch
+from timm.models.vision_transformer import VisionTransformer
+
+def drawn():
+    return VisionTransformer(img_size=32, patch_size=8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+
+def kept():
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)  # as one that loads a checkpoint
+        return drawn()
+"""
+
+
+@pytest.mark.parametrize(("builder", "status"), [("drawn", "done"), ("kept", "does not apply")])
+def test_a_builder_with_weights_of_its_own_has_no_fresh_blocks(tmp_path, builder, status):
+    (tmp_path / "own.py").write_text(BUILDERS)
+    run = probekit.run(
+        [f"{tmp_path / 'own.py'}:{builder}"], ["shapetex?size=32"], ["reinit"],
+        limit=16, train_limit=32, image_size=32, out=tmp_path / "run",
+    )  # fmt: skip
+    (cell,) = run.cells()
+    assert cell.outcome.status == status, cell.outcome
+    assert ("same weights whatever the seed" in cell.outcome.reason) == (builder == "kept")

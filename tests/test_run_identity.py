@@ -417,3 +417,22 @@ def test_probes_are_trained_on_the_cpu_where_a_gpu_has_no_float64():
     labels = [0] * 10 + [1] * 10
     there, here = (fit_many([x], labels, 2, device=device)[0] for device in ("mps", "cpu"))
     np.testing.assert_array_equal(there.weights, here.weights)
+
+
+LEAVES = """
+import sys
+from probekit import Metric
+
+class Leaves(Metric):
+    name = "leaves"; needs = {"tokens"}; dims = {"leaves": ()}
+    def measure(self, layer):
+        sys.exit(7)
+"""
+
+
+def test_a_metric_that_calls_sys_exit_fails_alone(photos, tiny, tmp_path):
+    plugin = tmp_path / "mine.py"
+    plugin.write_text(LEAVES)
+    found = outcomes(go(tiny, photos, ["leaves", "feature_variance"], tmp_path / "r", plugin))
+    assert found["leaves"].status == "failed" and "SystemExit" in found["leaves"].reason
+    assert found["feature_variance"].status == "done"
