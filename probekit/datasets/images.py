@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -369,3 +369,10 @@ def _as_is(item: object) -> object:
 def _start_worker(_: int) -> None:
     # Ctrl-C reaches the whole group; the parent alone handles it, and then stops the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_parent_left
+
+
+def _unless_parent_left(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """For the thread that hands images over: a parent that stops while it takes one is no failure."""
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
