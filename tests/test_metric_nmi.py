@@ -103,6 +103,32 @@ def test_closed_forms(name):
     assert with_eps == pytest.approx(nmi, abs=8e-6 if name in ("identity", "own row") else 1e-6)
 
 
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_prefix_tokens_are_kept_where_asked(prefix):
+    g = torch.Generator().manual_seed(prefix)
+    p = (torch.randn(2, 3, 12 + prefix, 12 + prefix, generator=g) * 2).softmax(-1)
+    layer = FakeLayer(p, prefix)
+    kept, dropped = NMI(prefix="keep").measure(layer)["nmi"], NMI().measure(layer)["nmi"]
+    for i, h in ((0, 0), (1, 2)):
+        assert kept[i, h].item() == pytest.approx(reference(p[i, h]), rel=1e-6)
+        patches = p[i, h, prefix:, prefix:]
+        assert dropped[i, h].item() == pytest.approx(reference(patches), rel=1e-6)
+    assert torch.allclose(kept, dropped) == (prefix == 0)
+    assert NMI(prefix="keep").needs == {"attention_full"}
+
+
+def test_all_queries_to_the_class_token_is_one_map_for_all():
+    p = torch.eye(10).expand(1, 1, 10, 10).clone()
+    p[..., 1:, :] = p[..., :1, :]
+    assert NMI(prefix="keep").measure(FakeLayer(p, 1))["nmi"].item() == 0
+
+
+@pytest.mark.parametrize("options", [{"prefix": "some"}, {"prefix": "keep", "compat": "cl-vs-mim"}])
+def test_options_that_cannot_be(options):
+    with pytest.raises(UsageError):
+        NMI(**options)
+
+
 def test_no_information_is_exactly_zero():
     for key in (0, 5, 195):
         assert measure(np.tile(np.eye(196)[key], (196, 1))) == 0

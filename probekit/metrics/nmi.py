@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from probekit.attention import AttentionStats, stats_from_probabilities
+from probekit.errors import UsageError
 from probekit.metric import Metric, Traces
 from probekit.metrics.compat import official
 
@@ -41,6 +42,9 @@ class NMI(Metric):
     with the curve of a ViT. With global attention the two are one.
 
     The result also has the density of a layer's heads (Fig. E.1): `nmi_density` at `density_at`.
+
+    prefix: ``drop``, or ``keep``: the model's own map, with its prefix tokens among queries and keys; global
+            attention only
     """
 
     name = "nmi"
@@ -51,16 +55,21 @@ class NMI(Metric):
     figure = "Fig. 4"
     windows = "own"
 
-    def __init__(self, compat: str = ""):
-        super().__init__(compat=compat)
+    def __init__(self, compat: str = "", prefix: str = "drop"):
+        super().__init__(compat=compat, prefix=prefix)
         self.eps = 1e-8 if official(compat) else 0.0
-        self.needs = frozenset({"attention_full"} if self.eps else {"attention_stats"})
+        if prefix not in ("drop", "keep"):
+            raise UsageError(f"prefix is 'drop' or 'keep', not '{prefix}'")
+        self.keep = prefix == "keep"
+        if self.keep and self.eps:
+            raise UsageError(f"prefix='keep' is not what '{compat}' does", hint="drop one of the two options")
+        self.needs = frozenset({"attention_full"} if self.eps or self.keep else {"attention_stats"})
         self.conventions = {
             "definition": "cl-vs-mim, self_attention_analysis.ipynb"
             if self.eps
             else "Park et al. 2023, Fig. 4",
-            "prefix": "dropped from queries and keys",
-            "renormalised": True,
+            "prefix": "kept among queries and keys" if self.keep else "dropped from queries and keys",
+            "renormalised": not self.keep,
             "log": "natural",
             "averaging": "NMI per image and head, then means",
             "eps": self.eps,
@@ -78,6 +87,11 @@ class NMI(Metric):
 
     def measure(self, layer: Layer) -> Mapping[str, Tensor]:
         """(B, H) each, in [0, 1]."""
+        if self.keep:
+            full = layer.attention_full
+            stats = stats_from_probabilities(full, torch.zeros(1, 1, *full.shape[-2:], device=full.device))
+            nmi = _ratio(stats.information, math.log(full.shape[-2]), stats.key_entropy).float()
+            return {"nmi": nmi, "nmi_global": nmi}
         parts = layer.windows()
         within, information, key_entropy = 0, _partition_entropy(parts), _partition_entropy(parts)
         for part in parts:

@@ -64,7 +64,14 @@ METRICS = [
         name="nmi",
         summary="how much a head's attention depends on the query (0: collapsed to one map)",
         target="probekit.metrics.nmi:NMI",
-        options={"compat": _COMPAT},
+        options={
+            "compat": _COMPAT,
+            "prefix": Option(
+                default="drop",
+                choices=("drop", "keep"),
+                help="whether prefix tokens are among queries and keys",
+            ),
+        },
         citation=_PARK,
         figure="Fig. 4",
     ),
