@@ -39,6 +39,8 @@ class Fourier(Metric):
     dc: ``include`` subtracts frequency 0, as published, which confounds "little high frequency" with "a large
     mean"; ``exclude`` subtracts the lowest frequency above it, and does not apply where that is the only one
     (sides of 3 and 4).
+    average: ``logs`` over channels, as published; ``amplitudes`` before one logarithm of their mean, so that
+    large channels decide and constant ones hardly count.
     fourier_common: `fourier` at one frequency, 0.75 pi, for comparing grids of different size, linear between
     its neighbours; at the last one on a grid that ends before (sides of 3, 4 and 6).
     floor_channels: share of channels with nothing above frequency 0 (all amplitudes below 1e-6): constant
@@ -67,18 +69,26 @@ class Fourier(Metric):
     eps = 1e-6
     common = 0.75  # pi
 
-    def __init__(self, compat: str = "", dc: str = "include"):
-        super().__init__(compat=compat, dc=dc)
+    def __init__(self, compat: str = "", dc: str = "include", average: str = "logs"):
+        super().__init__(compat=compat, dc=dc, average=average)
         if dc not in ("include", "exclude"):
             raise UsageError(f"dc is 'include' or 'exclude', not '{dc}'")
         if official(compat) and dc != "include":
             raise UsageError(f"dc='{dc}' is not what '{compat}' does", hint="drop one of the two options")
+        if average not in ("logs", "amplitudes"):
+            raise UsageError(f"average is 'logs' or 'amplitudes', not '{average}'")
+        if official(compat) and average != "logs":
+            raise UsageError(
+                f"average='{average}' is not what '{compat}' does", hint="drop one of the two options"
+            )
+        self.average = average
         self.reference = 0 if dc == "include" else 1
         self.conventions = {
             "definition": "Park et al. 2023, Fig. 9; cl-vs-mim, representation_analysis.ipynb",
             "prefix": "dropped",
-            "log": "natural, of each channel's amplitude",
-            "averaging": "logarithms over channels, per image; then means",
+            "log": f"natural, of {'each channel' if average == 'logs' else 'the mean'}'s amplitude",
+            "averaging": f"{'logarithms' if average == 'logs' else 'amplitudes'} over channels, per image; "
+            "then means",
             "eps": self.eps,
             "reference": "frequency 0" if dc == "include" else "lowest frequency above 0",
             "common": f"{self.common} pi, linear between its neighbours, or the grid's last below it",
@@ -99,10 +109,10 @@ class Fourier(Metric):
         self._check(rows, cols)
         if max(rows, cols) % min(rows, cols) == 0:
             amplitude = diagonal_amplitudes(layer.tokens, rows, cols)
-            log_amplitude = (amplitude + self.eps).log().mean(-1)
+            log_amplitude = self._log(amplitude)
         else:
             amplitude, share = amplitudes_beside(layer.tokens, rows, cols)
-            logs = (amplitude + self.eps).log().mean(-1)
+            logs = self._log(amplitude)
             log_amplitude = torch.cat([logs[:, :1], torch.lerp(logs[:, 1::2], logs[:, 2::2], share)], 1)
         relative = log_amplitude - log_amplitude[:, self.reference, None]
         low, share = divmod(self._common_bin(rows, cols), 1)
@@ -114,16 +124,23 @@ class Fourier(Metric):
             "floor_channels": (amplitude[:, 1:].amax(1) < self.eps).float().mean(-1),
         }
 
+    def _log(self, amplitude: Tensor) -> Tensor:
+        """(B, F, C) -> (B, F)"""
+        if self.average == "amplitudes":
+            return (amplitude.mean(-1) + self.eps).log()
+        return (amplitude + self.eps).log().mean(-1)
+
     def describe(self, layer: Layer) -> Mapping[str, np.ndarray]:
         """The axis `frequency` in units of pi, and `white_noise`, what `fourier` is for independent tokens.
 
-        Not 0: the amplitude at frequency 0 is that of a real normal variable (E log = -(gamma + log 2)/2), at
-        others of a complex one (-gamma/2).
+        Not 0: the amplitude at frequency 0 is that of a real normal variable (mean sqrt(2/pi), E log
+        -(gamma + log 2)/2), at others of a complex one (sqrt(pi)/2, -gamma/2).
         """
         rows, cols = layer.grid
         self._check(rows, cols)
         frequency = 2 * np.arange(_count(rows, cols)) / min(rows, cols)
-        white_noise = np.where(frequency > 0, 0.5 * math.log(2), 0.0)
+        above = 0.5 * math.log(2) if self.average == "logs" else math.log(math.pi / math.sqrt(8))
+        white_noise = np.where(frequency > 0, above, 0.0)
         return {"frequency": frequency, "white_noise": white_noise - white_noise[self.reference]}
 
     def summarize(self, traces: Traces) -> xr.Dataset:

@@ -105,6 +105,11 @@ METRICS = [
                 choices=("include", "exclude"),
                 help="relative to frequency 0 (include, the paper) or to the lowest above it (exclude)",
             ),
+            "average": Option(
+                default="logs",
+                choices=("logs", "amplitudes"),
+                help="over channels: the logarithms (the paper), or the amplitudes before one logarithm",
+            ),
         },
         citation=_PARK,
         figure="Fig. 9",
