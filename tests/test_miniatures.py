@@ -129,17 +129,11 @@ def test_simmim_is_best_before_its_last_third(run):
 def test_moco_s_last_tokens_are_alike(run):
     moco, simmim, untrained = (curve(run, n, "similarity_tokens")[-1] for n in ("moco", "simmim", UNTRAINED))
     assert moco > untrained + 0.2
-    assert moco > simmim + 0.05
+    assert moco > simmim + 0.1
 
 
 @shipped("moco")
-@pytest.mark.xfail(strict=True, reason="0.092 where 0.1 was asked, as docs/miniatures.md says")
-def test_moco_s_last_tokens_are_more_alike_than_simmim_s_by_what_was_asked(run):
-    assert curve(run, "moco", "similarity_tokens")[-1] > curve(run, "simmim", "similarity_tokens")[-1] + 0.1
-
-
-@shipped("moco")
-@pytest.mark.xfail(strict=True, reason="MoCo learnt textures rather, as docs/miniatures.md says")
+@pytest.mark.xfail(strict=True, reason="1.2 points where 5 were asked, as docs/miniatures.md says")
 def test_moco_separates_shapes_alone_by_what_was_asked(run):
     last = {name: curve(run, name, "linear_probe")[-1] for name in ("moco", "simmim", UNTRAINED)}
     assert last["moco"] > last[UNTRAINED] + 5 and last["moco"] > last["simmim"] + 5
