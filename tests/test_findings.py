@@ -902,13 +902,16 @@ def test_the_hybrid_is_nearer_whichever_of_the_two_is_higher(tmp_path, sign):
     assert found.status == "does not hold" and found.baseline.of == HYBRID
 
 
-def test_nearer_is_not_told_where_the_two_are_alike(tmp_path):
+def test_nearer_is_not_told_where_the_two_are_alike(tmp_path, cli):
     from probekit.findings.park2023 import HYBRID_NMI_EARLY
 
     models = {CL: {"nmi": curves(LOW, seed=1)}, MIM: {"nmi": curves(LOW, seed=2)}}
     found = verdict(make(tmp_path / "a", {**models, HYBRID: {"nmi": curves(HIGH)}}), HYBRID_NMI_EARLY)
     assert found.status == "can't tell" and found.effect is None
     assert found.reason.startswith(f"'{MIM}' and '{CL}' are not told apart here: they differ by [-")
+    _, out, _ = cli("--no-plugins", "findings", tmp_path / "a", "--format", "md")
+    (row,) = (line for line in out.splitlines() if line.startswith("| **hybrid-nmi-early"))
+    assert "can't tell | 'simmim:a' and 'moco:a' are not told apart here" in row
     few = {name: {"nmi": curves(LOW, 5, seed=7)} for name in (CL, MIM, HYBRID)}
     found = verdict(make(tmp_path / "b", few), HYBRID_NMI_EARLY)
     assert found.status == "can't tell" and "at least 10 are needed" in found.reason

@@ -236,7 +236,13 @@ def markdown(found: Sequence[Tables]) -> str:
         blocks.append(f"## Findings on {_cell(each.dataset)}")
         if each.lines:
             rows = [
-                (_cell_of_claim(line), line.verdict, _cell(line.effect), _cell(line.baseline))
+                # of models without an effect, why there is none
+                (
+                    _cell_of_claim(line),
+                    line.verdict,
+                    _cell(line.effect or (line.reason if line.models else "")),
+                    _cell(line.baseline),
+                )
                 for line in each.lines
             ]
             blocks.append(_grid(("claim", "verdict", "effect [95 %]", "untrained"), rows))
