@@ -32,6 +32,13 @@ class Failure:
     message: str
     details: str = ""
 
+    @classmethod
+    def of(cls, error: BaseException, who: str) -> Failure:
+        """Of an exception that is being handled. who: what raised it, if it isn't one of ours"""
+        if isinstance(error, ProbekitError):
+            return cls(f"{error.message}; {error.hint}" if error.hint else error.message)
+        return cls(f"{who} raised {type(error).__name__}: {error}", traceback.format_exc())
+
 
 @dataclass
 class Collector:
@@ -258,8 +265,6 @@ def collector(metric: Metric, source: Source) -> Collector:
         made.visitor.captures  # noqa: B018  says so where a layer has no such field
     except DoesNotApply as reason:
         made.reasons[""] = reason.message
-    except ProbekitError as error:
-        made.failure = Failure(f"{error.message}; {error.hint}" if error.hint else error.message)
     except Exception as error:
-        made.failure = Failure(f"'rows' raised {type(error).__name__}: {error}", traceback.format_exc())
+        made.failure = Failure.of(error, "'rows'")
     return made

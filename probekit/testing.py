@@ -22,6 +22,7 @@ from probekit.anatomy import LayerInfo, WindowGroup
 from probekit.errors import UsageError
 from probekit.layer import Layer, Scores
 from probekit.metric import Metric, Row
+from probekit.models.model import seeded
 
 __all__ = ["TinyViT", "check_metric", "make_layer"]
 
@@ -166,8 +167,7 @@ class TinyViT(nn.Module):
         seed: int = 0,
     ):
         super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
+        with seeded(seed):
             self.patch = nn.Conv2d(3, width, patch, patch)
             self.prefix = nn.Parameter(torch.randn(1, prefix, width))
             self.blocks = nn.ModuleList(TinyBlock(width, heads, attend) for _ in range(depth))

@@ -30,11 +30,12 @@ from probekit.capturing.activations import (
     ranges,
     token_source,
 )
+from probekit.cell import run_cell
 from probekit.datasets.images import Bad, Batch
 from probekit.engine import numerics, pick_device
 from probekit.errors import StoreError, UsageError
 from probekit.events import Listener, nobody
-from probekit.execution import finish_run, run_cell
+from probekit.execution import finish_run
 from probekit.grid import Resolved, make_grid
 from probekit.jobs import choose_metrics
 from probekit.layer import Layer, Scores

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import shutil
 import sys
 import textwrap
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from typing import Any
 
 import typer
@@ -65,11 +65,9 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]], fixed: int,
         typer.echo()
 
 
-@contextlib.contextmanager
-def json_alone(as_json: bool) -> Iterator[None]:
+def json_alone(as_json: bool) -> AbstractContextManager[Any]:
     """Around others' code in a command with ``--json``: what it prints goes to stderr."""
-    with contextlib.redirect_stdout(sys.stderr) if as_json else contextlib.nullcontext():
-        yield
+    return redirect_stdout(sys.stderr) if as_json else nullcontext()
 
 
 def print_json(value: Any) -> None:

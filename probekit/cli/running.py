@@ -16,8 +16,9 @@ from probekit.cli.plain import json_alone
 from probekit.cli.reading import completing
 
 if TYPE_CHECKING:
+    from probekit.cell import Forecast
     from probekit.errors import ProbekitError
-    from probekit.execution import Event, Forecast
+    from probekit.events import Event
     from probekit.store.runfolder import Run
 
 

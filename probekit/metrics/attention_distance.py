@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from probekit.attention import renormalise as normalised
-from probekit.errors import UsageError
 from probekit.metric import Metric
-from probekit.metrics.compat import official
+from probekit.metrics.compat import official, refuse_beside
 
 if TYPE_CHECKING:
     from probekit.layer import Layer
@@ -47,10 +46,7 @@ class AttentionDistance(Metric):
     def __init__(self, compat: str = "", renormalise: bool = True):
         super().__init__(compat=compat, renormalise=renormalise)
         self.eps = 1e-32 if official(compat) else 0.0
-        if self.eps and not renormalise:
-            raise UsageError(
-                f"renormalise=False is not what '{compat}' does", hint="drop one of the two options"
-            )
+        refuse_beside(compat, "renormalise", renormalise, True)
         self.renormalise = renormalise
         self.needs = frozenset({"attention_stats" if renormalise and not self.eps else "attention_full"})
         self.conventions = {

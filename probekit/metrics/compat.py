@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from probekit.errors import UsageError
 
 OFFICIAL = "cl-vs-mim"
@@ -13,3 +15,11 @@ def official(compat: str) -> bool:
     if compat not in ("", OFFICIAL):
         raise UsageError(f"compat is '' or '{OFFICIAL}', not '{compat}'", hint=f"use compat={OFFICIAL}")
     return bool(compat)
+
+
+def refuse_beside(compat: str, option: str, value: Any, published: Any) -> None:
+    """Raises `UsageError` for an option that makes the published code's formula another one."""
+    if official(compat) and value != published:
+        raise UsageError(
+            f"{option}={value!r} is not what '{compat}' does", hint="drop one of the two options"
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from probekit.attention import exact_float32, product
 from probekit.errors import DoesNotApply, UsageError
 from probekit.metric import Metric, Traces
-from probekit.metrics.compat import official
+from probekit.metrics.compat import refuse_beside
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -73,14 +73,10 @@ class Fourier(Metric):
         super().__init__(compat=compat, dc=dc, average=average)
         if dc not in ("include", "exclude"):
             raise UsageError(f"dc is 'include' or 'exclude', not '{dc}'")
-        if official(compat) and dc != "include":
-            raise UsageError(f"dc='{dc}' is not what '{compat}' does", hint="drop one of the two options")
+        refuse_beside(compat, "dc", dc, "include")
         if average not in ("logs", "amplitudes"):
             raise UsageError(f"average is 'logs' or 'amplitudes', not '{average}'")
-        if official(compat) and average != "logs":
-            raise UsageError(
-                f"average='{average}' is not what '{compat}' does", hint="drop one of the two options"
-            )
+        refuse_beside(compat, "average", average, "logs")
         self.average = average
         self.reference = 0 if dc == "include" else 1
         self.conventions = {

@@ -13,7 +13,7 @@ from torch import Tensor
 from probekit.attention import AttentionStats, stats_from_probabilities
 from probekit.errors import UsageError
 from probekit.metric import Metric, Traces
-from probekit.metrics.compat import official
+from probekit.metrics.compat import official, refuse_beside
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -60,9 +60,8 @@ class NMI(Metric):
         self.eps = 1e-8 if official(compat) else 0.0
         if prefix not in ("drop", "keep"):
             raise UsageError(f"prefix is 'drop' or 'keep', not '{prefix}'")
+        refuse_beside(compat, "prefix", prefix, "drop")
         self.keep = prefix == "keep"
-        if self.keep and self.eps:
-            raise UsageError(f"prefix='keep' is not what '{compat}' does", hint="drop one of the two options")
         self.needs = frozenset({"attention_full"} if self.eps or self.keep else {"attention_stats"})
         self.conventions = {
             "definition": "cl-vs-mim, self_attention_analysis.ipynb"

@@ -215,7 +215,8 @@ def settle(module: nn.Module) -> nn.Module:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def seeded(seed: int) -> Iterator[None]:
+    """Weights drawn on the CPU from a seed, its generator put back afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)  # alone: torch's own function reseeds the GPU's too
         yield
@@ -225,7 +226,7 @@ def _built(
     build: Callable[..., Any], positional: tuple[str, ...], arguments: dict[str, Any], seed: int, who: str
 ) -> Model:
     try:
-        with _seeded(seed):
+        with seeded(seed):
             built = build(*positional, **arguments)
     except (ProbekitError, MemoryError):
         raise

@@ -34,12 +34,15 @@ _POOL = {
         help="mean of patch tokens, or the first prefix token: the class token where there is one",
     ),
 }
-_POOLED_PROBE = {
+_POOL_OR_BOTH = {
     "pool": Option(
         default="mean",
         choices=("mean", "cls", "both"),
         help="mean of patch tokens, the first prefix token (the class token where there is one), or both",
     ),
+}
+_POOLED_PROBE = {
+    **_POOL_OR_BOTH,
     **_PROBE,
     "sites": Option(
         default="out",
@@ -80,13 +83,7 @@ METRICS = [
         summary="each image's pooled tokens at every layer, kept for probes and your own analysis",
         target="probekit.metrics.features:Features",
         on_request=True,
-        options={
-            "pool": Option(
-                default="mean",
-                choices=("mean", "cls", "both"),
-                help="mean of patch tokens, the first prefix token (class token where there is one), or both",
-            )
-        },
+        options=_POOL_OR_BOTH,
     ),
     MetricSpec(
         name="class_scores",

@@ -209,14 +209,15 @@ class TraceFolder:
         """
         about = self.rows()
         values: dict[str, Any] = {}
+        shards = []
         for index in self.shards:
             path = self.shard(index)
-            if problem := disagreement(path, read_shard(path, []).attrs, self.expected(index)):
+            shards.append(read_shard(path, [] if mapped else None))
+            if problem := disagreement(path, shards[-1].attrs, self.expected(index)):
                 raise StoreError(problem, hint="the command that measured it measures it again")
         if mapped:
             kept, values = mapped_values([self.shard(i) for i in self.shards])
         else:
-            shards = [read_shard(self.shard(i)) for i in self.shards]
             kept = np.concatenate([s.arrays["index"] for s in shards])
             full = [s.arrays for s in shards if len(s.arrays["index"])]
             names = [n for n in full[0] if n.startswith(VALUES)] if full else []

@@ -6,13 +6,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.layers import DropPath
 from torch import nn
 
 from probekit.datasets.dataset import Dataset
 from probekit.errors import UsageError
-from probekit.models.model import Model, load_model
+from probekit.models.model import Model, load_model, seeded
 from probekit.names import parse_model
 from probekit_train import trained
 from probekit_train.backbone import Description
@@ -74,8 +73,7 @@ def _untrained(recipe: FinetuneRecipe, model: Model, size: tuple[int, int] | Non
         random = replace(reference, weights="random")
         return load_model(random, catalog, seed=recipe.seed, image_size=size).module
     path = Path(reference.weights or "")
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(recipe.seed)  # `torch.manual_seed` reseeds GPUs too
+    with seeded(recipe.seed):
         module = trained.rebuild(trained.about(path), path).module
     return module.encoder if isinstance(module, Autoencoder) else module
 
