@@ -375,7 +375,7 @@ def test_another_device_is_said_and_recorded(photos, tiny, tmp_path, monkeypatch
     go(tiny, photos, ["nmi"], tmp_path / "r")
     first = go(tiny, photos, ["nmi"], tmp_path / "r")  # nothing to do
     assert first.result("nmi").attrs["device"] == "cpu"
-    for where in ("subject", "execution"):
+    for where in ("subject", "cell"):
         monkeypatch.setattr(f"probekit.{where}.device_name", lambda device: "H100")
     said = []
 
