@@ -261,9 +261,9 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path):
         with RunLock(sys.argv[1]):
             child = os.fork()
             if not child:
+                print(os.getpid(), flush=True)  # by now it runs, and has let go
                 time.sleep(60)
                 os._exit(0)
-            print(child, flush=True)
             time.sleep(60)
     """
     holder = python(code, tmp_path)
