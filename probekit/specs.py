@@ -170,7 +170,7 @@ def miniature(
         **{
             "name": name,
             "variant": "mini",
-            "summary": f"bundled miniature of {method} (ViT, 12 layers, 1.3 M), trained on shapetex",
+            "summary": f"bundled miniature of {method} (ViT, 12 layers, 1.4 M), trained on shapetex",
             "target": "probekit.models.miniature:build",
             "citation": citation,
             "objective": objective,

@@ -181,7 +181,11 @@ def make_run(
             folder.write(
                 {
                     "identity": identity,
-                    "weights": {"kind": "random", "source": "seed 0", "note": ""},
+                    "weights": {
+                        "kind": "random" if model.endswith("@random") else "file",
+                        "source": "",
+                        "note": "",
+                    },
                     "objective": "CL",
                     "citation": "Chen et al. 2021",
                     "licence": "CC BY-NC 4.0",

@@ -70,7 +70,7 @@ def test_status_says_how_far_every_cell_is(cli, mixed):
     assert "fourier unfinished not begun" in lines
     assert "fourier does not apply a grid of 2 x 2 tokens has no frequency" in " ".join(lines)
     assert any(line.startswith("nmi failed mypack 1.2: it raised ValueError") for line in lines)
-    assert "2 done, 1 failed, 1 does not apply, 2 unfinished" in lines
+    assert "2 done, 1 failed, 2 unfinished, 1 does not apply" in lines
     assert "2 models x 3 metrics x 1 dataset" in out
 
 

@@ -486,7 +486,8 @@ def test_scores_of_each_image_are_paired(tmp_path):
         }
         run = make(tmp_path / name[:3], models)
         found = verdict(run, claim(quantity="linear_probe", over=LAST_LAYER))
-        assert found.status == name and found.effect.over == "images" and found.effect.units == "%"
+        assert found.status == name and found.effect.over == "images"
+        assert found.effect.units == "percentage points"
     assert found.effect.value == 0
 
 
@@ -609,7 +610,7 @@ def test_every_pair_of_models_has_its_verdict(tmp_path):
         ("moco:b", "simmim:b"): "not measured",
     }
     assert found.status == "can't tell" and found.effect is None
-    assert found.reason == "holds for 1 of 2 combinations of models, 2 not measured"
+    assert found.reason == "so for 1 of 2 combinations of models, 2 not measured"
     assert found.missing == ("nmi",)
 
 

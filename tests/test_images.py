@@ -219,6 +219,8 @@ def test_what_counts_as_no_class() -> None:
     [
         (Image.new("RGB", (9, 9)), "its mask has mode 'RGB'"),
         (Image.new("F", (9, 9)), "its mask has mode 'F'"),
+        (np.zeros((9, 9)), "its mask has type 'ndarray'"),
+        (None, "its mask has type 'NoneType'"),
         (OSError("image file is truncated (3 bytes not processed)"), "its mask: the file is truncated"),
         (BadImage("x", "torn"), "torn"),
         (DataError("lost"), "lost"),

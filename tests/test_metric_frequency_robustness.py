@@ -214,7 +214,7 @@ def test_the_result_is_one_that_reports_read_and_the_store_keeps(tmp_path):
     assert [p.mean for p in curve_of(back, "frequency_robustness", "m").points] == pytest.approx(
         [350 / 6] * 3
     )
-    assert [name for name, _ in baselines_of(back, "frequency_robustness")] == ["drop to chance"]
+    assert "drop_to_chance" in back and baselines_of(back, "frequency_robustness") == [], "it isn't drawn"
     assert "bootstrap" in back.attrs["interval"] and "paired" in back.attrs["interval"]
 
 

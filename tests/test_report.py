@@ -28,12 +28,13 @@ from run_folders import MAE, SMALL, SWIN, VIT, layers, make_run
 
 from probekit.reports import csv as csv_report
 from probekit.reports import html
-from probekit.reports.charts import Baseline, Point, clean, is_untrained
+from probekit.reports.charts import Baseline, Point, clean
 from probekit.reports.curves import baselines_of, charts, curve_of
-from probekit.reports.figures import NARROW, WIDE, lines_of, panel_svg
+from probekit.reports.figures import NARROW, WIDE, caption, lines_of, panel_svg
 from probekit.reports.looks import SERIES, UNTRAINED, styles
 from probekit.reports.placing import apart, fitting, shortened
 from probekit.store.cells import Outcome
+from probekit.store.results import write_result
 from probekit.store.runfolder import Run
 
 ROOT = Path(__file__).parent.parent
@@ -84,7 +85,9 @@ def rendered(run: Run) -> str:
 
 def svg_of(run: Run, metric: str, form=WIDE) -> ElementTree.Element:
     chart = next(c for c in charts(run)[0] if c.metric == metric)
-    return ElementTree.fromstring(panel_svg(chart, chart.panels[0], styles(run.models), form, "k"))
+    return ElementTree.fromstring(
+        panel_svg(chart, chart.panels[0], styles(run.models, run.untrained), form, "k")
+    )
 
 
 def texts_of(svg: ElementTree.Element) -> list[str]:
@@ -106,7 +109,8 @@ def test_curves_hold_the_results_numbers(tmp_path):
     assert [p.spread for p in curve.points] == result["nmi_head_sd"].values.tolist()
     assert [p.depth for p in curve.points] == list(range(1, 13))
     assert [p.layer for p in curve.points] == [name for name, *_ in layers(VIT)]
-    assert (curve.images, curve.untrained, untrained.untrained) == (20, False, True)
+    assert (curve.images, curve.averaged) == (20, True)
+    assert [run.untrained(c.model) for c in (curve, untrained)] == [False, True]
     assert (chart.figure, chart.units, chart.others) == ("Fig. 4", "", ("nmi_global",))
     assert chart.reading.startswith("0: every query") and "peaked" in chart.limits
     assert dict(chart.conventions) == {"log": "natural"}
@@ -144,7 +148,7 @@ def test_ragged_stages_are_drawn_in_stages(tmp_path):
     assert [len(s) for s in distance.baselines[0].segments] == [2, 2, 8]  # two stages share a baseline
     assert all(np.isfinite(p.mean) for p in fourier.curves[0].points)
     assert [[p.depth for p in s] for s in fourier.curves[0].segments][:2] == [[0, 1, 2], [2, 3, 4]]
-    assert "differing between layers" in fourier.curves[0].at
+    assert "in the order of the layers" in fourier.curves[0].at
     assert [s.start for s in fourier.curves[0].sections] == [0, 2, 4, 10]
 
 
@@ -168,7 +172,7 @@ def test_models_share_a_baseline_where_it_is_one(tmp_path):
     assert [b.models for b in distance.baselines] == [("a", "small"), ("swin",)]
     assert len(distance.baselines[0].points) == 12
     assert [b.models for b in nmi.baselines] == [("a", "small", "swin")]  # 0 everywhere
-    names = [line.name for line in lines_of(distance, styles(run.models))]
+    names = [line.name for line in lines_of(distance, styles(run.models, run.untrained))]
     assert names == ["a", "small", "swin", "uniform: a and 1 more", "uniform: swin"]
 
 
@@ -191,11 +195,46 @@ def test_a_result_of_its_own_making_is_drawn_without_interval(tmp_path):
     curve = curve_of(own, "nmi", "moco")
     assert [p.mean for p in curve.points] == pytest.approx(result["nmi"].mean("head").values.tolist())
     assert all(math.isnan(p.low) and math.isnan(p.high) for p in curve.points)
+    assert not curve.averaged, "nothing says that its values are means over images"
 
 
-@pytest.mark.parametrize("name,expected", [("a@random", True), ("a:b@/x/random", False), ("random", False)])
-def test_untrained(name, expected):
-    assert is_untrained(name) is expected
+@pytest.mark.parametrize("curve", [np.array(["a"] * 12), np.ones((12, 2))])
+def test_a_result_of_another_shape_costs_only_itself(tmp_path, curve):
+    run = make_run(tmp_path / "r", {"moco": VIT, "swin": SWIN}, metrics=["nmi"])
+    result = run.result("nmi", model="moco")
+    result["nmi_curve"] = (("layer", "two")[: curve.ndim], curve, {"role": "curve"})
+    write_result(run.folder("moco", run.datasets[0]).result("nmi"), result)
+    (chart,), (trouble,) = charts(run)
+    assert [c.model for c in chart.panels[0].curves] == ["swin"]
+    assert trouble.model == "moco" and "can't be drawn over layers" in trouble.message
+    assert trouble.message.split(":")[0] in rendered(run).replace("&#39;", "'")
+
+
+def test_a_network_its_pack_calls_untrained_is_drawn_as_one(tmp_path):
+    names = {"moco": VIT, "untrained:mini": VIT, "a:b@/x/random": VIT, "fresh@random": VIT}
+    run = make_run(tmp_path / "r", names, metrics=["nmi"])
+    cell = run.folder("untrained:mini", run.datasets[0])
+    cell.write({**cell.read(), "objective": "untrained"})
+    assert [name for name in names if run.untrained(name)] == ["untrained:mini", "fresh@random"]
+    looks = styles(run.models, run.untrained)
+    assert looks["untrained:mini"].colour == UNTRAINED and looks["moco"].colour == SERIES[0]
+    names = [line.name for line in lines_of(charts(run)[0][0].panels[0], looks)]
+    assert names[1] == "untrained:mini" and names[3] == "fresh (untrained)"
+
+
+def test_more_models_than_colours_are_told_apart_by_their_dashes():
+    looks = styles([f"m{n}" for n in range(13)], lambda model: False)
+    assert len({(look.colour, look.dash) for look in looks.values()}) == 13
+    assert {look.dash for look in list(looks.values())[:6]} == {"solid"}
+
+
+def test_intervals_of_many_models_are_left_to_the_table(tmp_path):
+    run = make_run(tmp_path / "r", {f"m{n}": SMALL for n in range(9)}, metrics=["nmi"])
+    assert not [e for e in svg_of(run, "nmi").iter() if "fill-opacity: 0.2" in e.get("style", "")]
+    panel = charts(run)[0][0].panels[0]
+    assert "intervals over images are in the table" in caption(
+        panel, "mean", styles(run.models, run.untrained)
+    )
 
 
 # --- figures
@@ -215,12 +254,12 @@ def test_a_line_for_every_model_a_band_for_every_interval(tmp_path):
 
 
 def test_untrained_models_alone_are_told_apart_by_colour():
-    looks = styles(["a@random", "b@random"])
+    looks = styles(["a@random", "b@random"], lambda model: True)
     assert [look.dash for look in looks.values()] == ["untrained"] * 2
     assert len({look.colour for look in looks.values()}) == 2 and UNTRAINED not in {
         x.colour for x in looks.values()
     }
-    mixed = styles(["a", "b@random"])
+    mixed = styles(["a", "b@random"], lambda model: model != "a")
     assert (mixed["a"].dash, mixed["b@random"].colour) == ("solid", UNTRAINED)
 
 
@@ -263,7 +302,7 @@ def test_a_far_baseline_is_named_at_the_edge(tmp_path):
     )
     changed = type(panel)(panel.dataset, panel.curves, (far,))
     chart = type(chart)(**{**chart.__dict__, "panels": (changed,)})
-    svg = ElementTree.fromstring(panel_svg(chart, changed, styles(["a"]), WIDE, "k"))
+    svg = ElementTree.fromstring(panel_svg(chart, changed, styles(["a"], lambda model: False), WIDE, "k"))
     assert "↑ noise $ 99" in texts_of(svg)
     ticks = [float(t.replace("\u2212", "-")) for t in texts_of(svg) if re.fullmatch(r"\u2212?\d\.\d+", t)]
     assert ticks and max(ticks) < 2
@@ -274,7 +313,9 @@ def test_datasets_share_one_axis(tmp_path):
     chart = charts(run)[0][0]
     ticks = []
     for number, panel in enumerate(chart.panels):
-        svg = ElementTree.fromstring(panel_svg(chart, panel, styles(["a"]), NARROW, f"k{number}"))
+        svg = ElementTree.fromstring(
+            panel_svg(chart, panel, styles(["a"], lambda model: False), NARROW, f"k{number}")
+        )
         ticks.append([t for t in texts_of(svg) if re.fullmatch(r"\u2212?\d\.\d+", t)])
     assert ticks[0] == ticks[1]
     means = [[p.mean for p in panel.curves[0].points] for panel in chart.panels]
@@ -358,7 +399,7 @@ def test_the_page_tells_what_was_run(tmp_path):
         "0: every query sees the same map",
         "What this does not show:",
         "random but peaked attention",
-        "Mean over 30 images, band: 95 % interval over images. Dotted: uniform, whatever the image.",
+        "Mean over 30 images, band: 95 % interval over images. Dotted: uniform.",
         "Dashed: untrained networks, random weights.",
         "95 % percentile bootstrap over images, 1000 resamples, seed 0",
         "faint points: between attention and MLP",

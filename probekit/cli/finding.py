@@ -45,7 +45,7 @@ def findings_command(
     \b
     Examples:
       probekit findings runs/2026-11-22-1
-      probekit findings runs/seeds --group moco:a@1.pth,moco:a@2.pth --group simmim
+      probekit findings runs/seeds --group moco:a@1.pth,moco:a@2.pth
       probekit findings runs/2026-11-22-1 --format md > findings.md
     """
     from probekit.errors import UsageError
@@ -109,7 +109,7 @@ def _print_lines(lines: Sequence[Line]) -> None:
         baseline = line.baseline.replace("; beyond it by ", "\nbeyond by ")
         cells = (line.name, line.verdict, line.effect.replace(" [", "\n["), baseline.replace(" [", "\n["))
         _print_cells((f"{cells[0]}\n{line.claim}".strip(), *cells[1:]), sizes)
-        about = "; ".join(text for text in (line.models, line.layers) if text)
+        about = "; ".join(text for text in (line.models, line.quantity, line.layers) if text)
         _say(f"{about}: {line.reason}" if about else line.reason, 4)
     typer.echo()
 

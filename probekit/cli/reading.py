@@ -98,6 +98,8 @@ def status_command(folder: Folder, as_json: Json = False) -> None:
 
 
 def _print_status(run: Run, cells: Sequence[Cell], counts: Counter[str]) -> None:
+    from probekit.store.runfolder import how_they_ended
+
     sizes = [
         count(len(n), k)
         for n, k in ((run.models, "model"), (run.metrics, "metric"), (run.datasets, "dataset"))
@@ -118,8 +120,7 @@ def _print_status(run: Run, cells: Sequence[Cell], counts: Counter[str]) -> None
         typer.echo(f"    {metric:<{min(names, 28)}}  {cell.outcome.status:<14}  {first.strip()}".rstrip())
         for line in more:
             typer.echo(line)
-    said = [f"{counts[s]} {s}" for s in ("done", "failed", "does not apply", "unfinished") if counts[s]]
-    typer.echo(", ".join(said) or "no cells")
+    typer.echo(how_they_ended(cells) or "no cells")
     if counts["unfinished"]:
         for line in completing(run):
             typer.echo(line)
@@ -209,7 +210,7 @@ def show_command(
         return
     drawn, troubles = charts(run, **chosen)
     if as_json:
-        found = [_chart_json(chart) for chart in drawn]
+        found = [_chart_json(chart, run) for chart in drawn]
         print_json({"folder": str(folder), "metrics": found, "problems": [asdict(t) for t in troubles]})
         return
     if metric is None:
@@ -230,15 +231,17 @@ def show_command(
 
 
 def _print_contents(run: Run, drawn: Sequence[Chart], chosen: dict[str, list[str]]) -> None:
+    from probekit.store.runfolder import how_they_ended
+
     typer.echo(tame(run.path))
     for kind in ("models", "datasets"):
         for line in wrapped(f"{kind}: {', '.join(chosen[kind])}", 2):
             typer.echo(line)
-    ends = Counter((cell.metric, cell.outcome.status) for cell in run.cells())
+    cells = list(run.cells())
     rows = []
     for metric in chosen["metrics"]:
         chart = next((c for c in drawn if c.metric == metric), None)
-        states = ", ".join(f"{n} {status}" for (name, status), n in ends.items() if name == metric)
+        states = how_they_ended(cell for cell in cells if cell.metric == metric)
         values = ", ".join([chart.value, *chart.others]) if chart else ""
         rows.append((metric, chart.figure if chart else "", chart.units if chart else "", states, values))
     print_table(("metric", "figure", "units", "cells", "values"), rows, 1, 9)
@@ -284,14 +287,14 @@ def _point_text(point: Point | None) -> str:
     return interval(point.mean, point.low, point.high) + spread
 
 
-def _chart_json(chart: Chart) -> dict[str, Any]:
+def _chart_json(chart: Chart, run: Run) -> dict[str, Any]:
     panels = []
     for panel in chart.panels:
         curves = [
             {
                 "model": c.model,
                 "images": c.images,
-                "untrained": c.untrained,
+                "untrained": run.untrained(c.model),
                 "rows": [asdict(p) for p in c.points],
             }
             for c in panel.curves

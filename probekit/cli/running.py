@@ -72,10 +72,10 @@ def run_command(
     \b
     Examples:
       probekit run --model simmim --metrics all
-      probekit run --model moco:vit-b16@random --metrics all --dataset folder:photos --limit 64
-      probekit run --model simmim:vit-b16@/data/simmim.pth --metrics nmi,fourier --dataset folder:val
+      probekit run -m moco:vit-b16@random -d folder:photos --limit 64
+      probekit run -m simmim:vit-b16@simmim.pth --metrics nmi -d folder:val
       probekit run grid.yaml --out runs/paper --device cuda --dtype bfloat16
-      probekit run --model simmim@random --metrics linear_probe --dataset cifar10:cifar10.zip --limit 1000
+      probekit run -m simmim --metrics linear_probe -d cifar10:data --limit 1000
       probekit run --replay captures/moco --metrics nmi
 
     \b

@@ -132,7 +132,8 @@ def masks(dataset: Dataset, index: int, preprocessing: Preprocessing) -> np.ndar
     except Exception as error:
         raise fault(dataset, index, error, "the mask of ") from error
     if numbers.ndim != 2 or numbers.dtype.kind not in "iub":
-        raise BadImage(id, f"its mask has mode {mask.mode!r}, not one class number a pixel")
+        kind = f"mode {mask.mode!r}" if isinstance(mask, Image.Image) else f"type {type(mask).__name__!r}"
+        raise BadImage(id, f"its mask has {kind}, not one class number a pixel")
     numbers = numbers.astype(np.int64)
     if dataset.mask_ignore is not None:
         numbers[numbers == dataset.mask_ignore] = -1

@@ -63,7 +63,7 @@ class _Compared(Finding):
         return combined([self._verdict(evidence, chosen) for chosen in itertools.product(*groups)])
 
     def _verdict(self, evidence: Evidence, subjects: Sequence[Subject]) -> Verdict:
-        about = {"models": tuple(s.name for s in subjects)}
+        about = {"models": tuple(s.name for s in subjects), "quantity": self.reads.name}
         try:
             weights = self.weighted(evidence, subjects)
             found = evidence.effect(weights, self.reads, self.over)
@@ -143,7 +143,7 @@ class Nearer(_Compared):
         if not apart.known:
             raise _Untold(f"there is no interval of how far '{near.name}' is from '{far.name}': {apart.why}")
         if apart.low <= 0 <= apart.high:
-            between = f"[{apart.low:+.3g}, {apart.high:+.3g}]"
+            between = f"[{apart.low:+.3g}, {apart.high:+.3g}]{f' {apart.units}' if apart.units else ''}"
             raise _Untold(f"'{near.name}' and '{far.name}' are not told apart here: they differ by {between}")
         side = math.copysign(1.0, apart.value)
         return [(one, side), (near, -side / 2), (far, -side / 2)]

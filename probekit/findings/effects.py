@@ -44,7 +44,7 @@ def effect(terms: Sequence[Term], over: Over, seed: int, statistic: Statistic | 
     curves = [one for term in terms for one in term.curves]
     _comparable(curves)
     summed = statistic or (lambda readings: readings @ np.array([term.weight for term in terms]))
-    units = "of the depth" if isinstance(over, Peak) else curves[0].units
+    units = "of the depth" if isinstance(over, Peak) else _of_a_difference(curves[0].units)
     note = _note(curves)
     if any(len(term.curves) > 1 for term in terms):
         readings = [np.array([float(over.read(c.mean, c.place)) for c in term.curves]) for term in terms]
@@ -61,6 +61,10 @@ def effect(terms: Sequence[Term], over: Over, seed: int, statistic: Statistic | 
         why = "the metric keeps no values of each image"
         return Effect(value, units=units, why=why, note=note)
     return _from_results(terms, over, value, units, note)
+
+
+def _of_a_difference(units: str) -> str:
+    return "percentage points" if units == "%" else units
 
 
 def _comparable(curves: Sequence[Curves]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from probekit.errors import StoreError, UsageError
 from probekit.findings.curves import Curves, read_curves
@@ -14,6 +14,7 @@ from probekit.findings.finding import Baseline, Effect, NotMeasured
 from probekit.findings.quantities import Quantity
 from probekit.findings.spans import Over
 from probekit.names import quoted
+from probekit.store.runfolder import weights_of
 
 if TYPE_CHECKING:
     from probekit.store.runfolder import Run
@@ -65,9 +66,8 @@ class Evidence:
             about = {}  # its curves say what is wrong
         self._captured |= bool(about.get("capture"))
         objective = str(about.get("objective", ""))
-        kind = _weights(about).get("kind")
-        untrained = kind == "random" or objective == "untrained"
-        return Subject(model, (model,), objective, untrained, kind == "bundled")
+        bundled = weights_of(about).get("kind") == "bundled"
+        return Subject(model, (model,), objective, self.run.untrained(model), bundled)
 
     @property
     def grouped(self) -> bool:
@@ -170,11 +170,6 @@ class Evidence:
 
 
 _DEFAULTS = (("seed", 0), ("dtype", "float32"), ("on_bad_image", "skip"))  # what needs no saying
-
-
-def _weights(about: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = about.get("weights")
-    return found if isinstance(found, Mapping) else {}
 
 
 def _family(model: str) -> str:

@@ -88,6 +88,7 @@ class Verdict:
 
     reason:    one lower-case sentence
     effect:    None where nothing was measured, and where there are several `parts`
+    quantity:  the value that is compared, by its name
     layers:    the layers it is about, as they are in these models
     models:    those compared, in the order of the claim
     baselines: one for each model the claim gives a property to and each untrained network it is held against;
@@ -100,6 +101,7 @@ class Verdict:
     status: Status
     reason: str
     effect: Effect | None = None
+    quantity: str = ""
     layers: str = ""
     models: tuple[str, ...] = ()
     baselines: tuple[Baseline, ...] = ()
@@ -146,7 +148,7 @@ def judge(effect: Effect, baselines: Sequence[Baseline] = (), **about: str | tup
     does not hold: its interval lies below 0, or that of a `beyond` holds nothing above 0
     can't tell:    an interval that is needed includes 0, or isn't known
 
-    about: the verdict's `layers` and `models`
+    about: the verdict's `quantity`, `layers` and `models`
     """
     failed = next((b for b in baselines if b.failed), None)
     unsure = next((b for b in baselines if not b.passed), None)
@@ -169,7 +171,7 @@ def judge(effect: Effect, baselines: Sequence[Baseline] = (), **about: str | tup
     elif baselines:
         status, reason = "holds", "the interval excludes 0, also beyond the untrained network"
     else:
-        status, reason = "holds", "the interval excludes 0; the run has no untrained network to go beyond"
+        status, reason = "holds", "the interval excludes 0; no untrained network was held against it"
     reason += f"; {effect.note}" if effect.note else ""
     return Verdict(status, reason, effect, baselines=tuple(baselines), **about)
 
@@ -182,12 +184,18 @@ def combined(parts: Sequence[Verdict]) -> Verdict:
     missing = tuple(dict.fromkeys(name for part in parts for name in part.missing))
     hint = next((part.hint for part in parts if part.hint), "")
     layers = measured[0].layers if measured else ""
-    more = {"layers": layers, "missing": missing, "hint": hint, "parts": tuple(parts)}
+    more = {
+        "quantity": parts[0].quantity,
+        "layers": layers,
+        "missing": missing,
+        "hint": hint,
+        "parts": tuple(parts),
+    }
     if not measured:
         return Verdict("not measured", parts[0].reason, **more)
     said = {part.status for part in measured}
     status = said.pop() if len(said) == 1 else "can't tell"
     held = sum(part.status == "holds" for part in measured)
-    reason = f"holds for {held} of {len(measured)} combinations of models"
+    reason = f"so for {held} of {len(measured)} combinations of models"
     absent = len(parts) - len(measured)
     return Verdict(status, reason + (f", {absent} not measured" if absent else ""), **more)

@@ -128,7 +128,9 @@ class AttentionMaps(Metric):
         where = np.array([self.places(*row.grid) for row in traces.rows])
         variables = {
             self.name: xr.Variable(dims, maps, picture | shown),
-            **depth_curve(self.name, curve, units="1", reduced="largest weight"),
+            **depth_curve(
+                self.name, curve, units="1", reduced="largest weight", long_name="largest weight of a query"
+            ),
             "query_row": xr.Variable(("layer", "query"), where[..., 0]),
             "query_col": xr.Variable(("layer", "query"), where[..., 1]),
         }

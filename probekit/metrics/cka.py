@@ -80,7 +80,13 @@ class CKA(Metric):
                 matrix,
                 {"units": "1", "role": "mean", "picture": "matrix", "long_name": "CKA between layers"},
             ),
-            **depth_curve(self.name, curve, units="1", reduced="with the last layer"),
+            **depth_curve(
+                self.name,
+                curve,
+                units="1",
+                reduced="with the last layer",
+                long_name="CKA with the last layer",
+            ),
         }
         coordinates = {
             **layer_coordinates(rows),

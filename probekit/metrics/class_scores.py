@@ -53,6 +53,7 @@ class ClassScores(Metric):
                 curve["high"],
                 units="1",
                 reduced="probability of the most probable class",
+                long_name="probability of the most probable class",
             ),
         }
         return xr.Dataset(variables, layer_coordinates(traces.rows), result_attributes(self, traces))

@@ -18,18 +18,19 @@ def depth_curve(
     *,
     units: str,
     reduced: str = "mean",
+    long_name: str = "",
 ) -> dict[str, xr.Variable]:
     """``NAME_curve``, ``NAME_curve_low`` and ``NAME_curve_high`` (layer): what a report draws against depth.
 
     low, high: (layer,); NaN where no interval is known, so by default everywhere
     reduced:   how one layer's values became one number
+    long_name: what the curve is, where the metric's name doesn't say it: the label of the axis
     """
     unknown = np.full(len(mean), np.nan)
     columns = {"": mean, "_low": unknown if low is None else low, "_high": unknown if high is None else high}
+    attrs = {"units": units, "reduced": reduced, **({"long_name": long_name} if long_name else {})}
     return {
-        f"{name}_curve{end}": xr.Variable(
-            ("layer",), column, {"units": units, "role": f"curve{end}", "reduced": reduced}
-        )
+        f"{name}_curve{end}": xr.Variable(("layer",), column, {**attrs, "role": f"curve{end}"})
         for end, column in columns.items()
     }
 

@@ -142,12 +142,12 @@ class Fourier(Metric):
     def summarize(self, traces: Traces) -> xr.Dataset:
         """As every metric; `fourier` is drawn over frequency too."""
         result = super().summarize(traces)
+        relative = "frequency 0" if not self.reference else "the lowest frequency above 0"
         result[self.name].attrs |= {
             "picture": "profile",
-            "long_name": "log amplitude relative to frequency 0"
-            if not self.reference
-            else "log amplitude relative to the lowest frequency above 0",
+            "long_name": f"log amplitude relative to {relative}",
         }
+        result[f"{self.name}_curve"].attrs["long_name"] = "relative log amplitude"
         return result
 
     def _check(self, rows: int, cols: int) -> None:

@@ -48,7 +48,7 @@ class NMI(Metric):
     """
 
     name = "nmi"
-    version = 2
+    version = 3
     needs = frozenset({"attention_stats"})
     dims: ClassVar[Mapping[str, tuple[str, ...]]] = {"nmi": ("head",), "nmi_global": ("head",)}
     units: ClassVar[Mapping[str, str]] = {"nmi": "1", "nmi_global": "1"}
@@ -137,12 +137,18 @@ class NMI(Metric):
 
 
 def _density(heads: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Density of a layer's heads at the places `at`, by Gaussian kernels."""
+    """Density of a layer's heads at the places `at`, by Gaussian kernels.
+
+    None is narrower than the places' distance: it would lie between two of them.
+    """
     from scipy.stats import gaussian_kde  # takes long to import
 
     if len(heads) < 2 or np.ptp(heads) < _NO_SPREAD:
         return np.full(len(at), np.nan)
-    return gaussian_kde(heads)(at)
+    estimate = gaussian_kde(heads)
+    if math.sqrt(estimate.covariance.item()) < at[1] - at[0]:
+        estimate.set_bandwidth((at[1] - at[0]) / heads.std(ddof=1))
+    return estimate(at)
 
 
 def _tokens(parts: list[Layer]) -> int:

@@ -71,7 +71,7 @@ class TokenEmbedding(Metric):
             else "UMAP, its defaults; seeded",
             "purity": f"{NEIGHBOURS} nearest other tokens, Euclidean, in the features; mean over tokens",
             "token_embedding": "purity of the class; tokens of the same image count",
-            "reading": "1: a token's neighbours are of its class. `chance`: the classes mix.",
+            "reading": "1: a token's neighbours are of its class. At chance the classes mix.",
             "does_not_show": (
                 "The picture has no scale: distances between clusters, and their sizes, mean nothing. A few "
                 "images of a few classes; another choice or seed gives another picture."
@@ -128,7 +128,8 @@ class TokenEmbedding(Metric):
             name: xr.Variable(("layer",), [value], {"units": "1", "role": roles.get(name, "by chance")})
             for name, value in chance.items()
         }
-        variables |= depth_curve(self.name, variables[self.name].values, units="1")
+        purity = variables[self.name].values
+        variables |= depth_curve(self.name, purity, units="1", long_name="purity of the class")
         picture = {
             "units": "1",
             "role": "picture",

@@ -106,7 +106,7 @@ class TokenScatter(Metric):
             self.name: xr.Variable(("layer",), ratio.mean(1), {"units": "1", "role": "mean"}),
             "translation_ratio": xr.Variable(("layer", "image"), ratio, {"units": "1", "role": "per image"}),
             "explained": xr.Variable(("layer", "axis3"), share, {"units": "1", "role": "mean"}),
-            **depth_curve(self.name, ratio.mean(1), units="1"),
+            **depth_curve(self.name, ratio.mean(1), units="1", long_name="translation ratio"),
         }
         for end, name in enumerate(("before", "after")):
             picture = {"units": "1", "role": "picture"}

@@ -45,15 +45,15 @@ class Section:
 class Curve:
     """One model's values over depth.
 
-    untrained: its weights are random: a baseline for the others
-    images:    how many the mean is over
-    at:        where on an inner axis the values were taken: ``frequency 0.857``
+    images:   how many the values are over
+    averaged: whether they are means over images; else of all together: an eigenvalue, a ratio of counts
+    at:       where on an inner axis the values were taken: ``frequency 0.857``
     """
 
     model: str
     points: tuple[Point, ...]
-    untrained: bool = False
     images: int = 0
+    averaged: bool = True
     at: str = ""
 
     @property
@@ -148,6 +148,7 @@ class Chart:
 
     metric:        as asked for, ``nmi:compat=cl-vs-mim``
     value:         the variable that is drawn, ``nmi``
+    label:         what it is, in a few words: the name of the axis
     reading:       how to read it, one sentence, "" where the metric says none
     limits:        what it does not show, "" where the metric says nothing
     conventions:   what a reader needs to compare the numbers with another tool's
@@ -158,6 +159,7 @@ class Chart:
 
     metric: str
     value: str
+    label: str
     units: str
     figure: str
     reading: str
@@ -169,10 +171,6 @@ class Chart:
     pack: str
     panels: tuple[Panel, ...]
     others: tuple[str, ...] = ()
-
-
-def is_untrained(model: str) -> bool:
-    return model.endswith("@random")
 
 
 def clean(text: object) -> str:

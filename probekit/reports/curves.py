@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from probekit.errors import StoreError
-from probekit.reports.charts import Baseline, Chart, Curve, Panel, Point, clean, is_untrained
+from probekit.reports.charts import Baseline, Chart, Curve, Panel, Point, clean
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -35,7 +35,7 @@ class _Found:
 
     first: xr.Dataset
     value: str
-    panels: dict[str, list[tuple[str, xr.Dataset]]] = field(default_factory=dict)
+    panels: dict[str, list[tuple[Curve, xr.Dataset]]] = field(default_factory=dict)
 
 
 def charts(
@@ -65,13 +65,18 @@ def charts(
         if value is None or "depth" not in result.coords or "layer" not in result[value].dims:
             troubles.append(Trouble(*where, "its result has no value over layers to draw"))
             continue
+        try:
+            curve = curve_of(result, value, cell.model)
+        except (ValueError, TypeError, KeyError, IndexError) as error:  # a plugin's result of another shape
+            troubles.append(Trouble(*where, f"its '{value}' can't be drawn over layers: {error}"))
+            continue
         gathered = found.setdefault(cell.metric, _Found(result, value))
         if value != gathered.value:
             troubles.append(
                 Trouble(*where, f"its value is '{value}', the other models' is '{gathered.value}'")
             )
             continue
-        gathered.panels.setdefault(cell.dataset, []).append((cell.model, result))
+        gathered.panels.setdefault(cell.dataset, []).append((curve, result))
     return [_chart(name, found[name], run.datasets) for name in run.metrics if name in found], troubles
 
 
@@ -103,9 +108,8 @@ def curve_of(result: xr.Dataset, value: str, model: str) -> Curve:
     columns.append(_column(result, f"{value}_head_sd"))
     points = _points(result, columns)
     images = result.attrs.get("images", 0)
-    return Curve(
-        model, points, is_untrained(model), int(images), _place(result, value, _reduction(result, value))
-    )
+    place = _place(result, value, _reduction(result, value))
+    return Curve(model, points, int(images), f"{value}_sem" in result, place)
 
 
 def baselines_of(result: xr.Dataset, value: str) -> list[tuple[str, tuple[Point, ...]]]:
@@ -154,8 +158,7 @@ def _chart(metric: str, found: _Found, order: Sequence[str]) -> Chart:
     panels = []
     for dataset in sorted(found.panels, key=list(order).index):
         results = found.panels[dataset]
-        curves = tuple(curve_of(result, value, model) for model, result in results)
-        panels.append(Panel(dataset, curves, _baselines(results, value)))
+        panels.append(Panel(dataset, tuple(curve for curve, _ in results), _baselines(results, value)))
     drawn = f"{value}_curve" if f"{value}_curve" in first else value
     units = str(first[drawn].attrs.get("units", first[value].attrs.get("units", "")))
     points = [p for panel in panels for curve in panel.curves for p in curve.points]
@@ -163,6 +166,7 @@ def _chart(metric: str, found: _Found, order: Sequence[str]) -> Chart:
     return Chart(
         metric,
         value,
+        clean(first[drawn].attrs.get("long_name", "") or value.replace("_", " ")),
         "" if units == "1" else units,
         str(first.attrs.get("figure", "") or ""),
         reading,
@@ -177,10 +181,10 @@ def _chart(metric: str, found: _Found, order: Sequence[str]) -> Chart:
     )
 
 
-def _baselines(results: Iterable[tuple[str, xr.Dataset]], value: str) -> tuple[Baseline, ...]:
+def _baselines(results: Iterable[tuple[Curve, xr.Dataset]], value: str) -> tuple[Baseline, ...]:
     """Each baseline once, where models share it; a model with fewer layers shares the longer one's."""
     drawn: list[Baseline] = []
-    for model, result in results:
+    for model, result in ((curve.model, result) for curve, result in results):
         for name, points in baselines_of(result, value):
             if all(np.isnan(p.mean) for p in points):
                 continue
@@ -255,9 +259,12 @@ def _place(result: xr.Dataset, value: str, how: str) -> str:
     if how != "last" or len(inner) != 1:
         return ""
     dim = str(inner[0])
-    if f"{dim}_by_layer" in result.coords:
-        ends = sorted(
-            {round(float(v), 6) for v in _reduced(result[f"{dim}_by_layer"], "last") if not np.isnan(v)}
-        )
-        return f"{dim} {', '.join(f'{v:.3g}' for v in ends)}, differing between layers"
-    return f"{dim} {float(result[dim].values[-1]):.3g}" if dim in result.coords else ""
+    axis = next((name for name in (f"{dim}_by_layer", dim) if name in result.coords), None)
+    if axis is None:
+        return ""
+    units = str(result[axis].attrs.get("units", result[dim].attrs.get("units", "")))
+    unit = f" {units}" if units not in ("", "1") else ""
+    if axis == dim:
+        return f"{dim} {float(result[dim].values[-1]):.3g}{unit}"
+    ends = dict.fromkeys(f"{v:.3g}" for v in _reduced(result[axis], "last") if not np.isnan(v))
+    return f"{dim} {', '.join(ends)}{unit}, in the order of the layers"

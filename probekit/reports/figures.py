@@ -25,7 +25,7 @@ _FONT = 13.0  # px, as everything here: one unit of the SVG's view box is a px o
 _ROW = 17.0  # height of a line of labels
 _GLYPH = 7.4  # width of a character at _FONT, an upper estimate for most fonts
 _LEFT, _RIGHT, _BOTTOM = 64.0, 14.0, 50.0
-
+_BANDS = 8
 
 REDUCED = {
     "mean": "each image's values of a layer are averaged first, intervals are over images",
@@ -58,19 +58,21 @@ class Line:
 
 def lines_of(panel: Panel, looks: Mapping[str, Style]) -> list[Line]:
     """Every line of a panel: models in order, then baselines, grey where they hold for several models."""
-    lines = [Line(legend_name(c.model), _drawn(c.line), looks[c.model]) for c in panel.curves]
+    lines = [Line(legend_name(c.model, looks), _drawn(c.line), looks[c.model]) for c in panel.curves]
     for baseline in panel.baselines:
         points = _drawn([p for segment in baseline.segments for p in segment])
-        lines.append(Line(baseline_name(baseline, panel), points, _baseline_look(baseline, panel, looks)))
+        look = _baseline_look(baseline, panel, looks)
+        lines.append(Line(baseline_name(baseline, panel, looks), points, look))
     return lines
 
 
-def baseline_name(baseline: Baseline, panel: Panel) -> str:
+def baseline_name(baseline: Baseline, panel: Panel, looks: Mapping[str, Style]) -> str:
     """``uniform``, and whose it is where the models don't share it: ``uniform: swin and 1 more``"""
     others = len(baseline.models) - 1
     if len(baseline.models) == len(panel.curves):
         return baseline.name
-    return f"{baseline.name}: {legend_name(baseline.models[0])}" + (f" and {others} more" if others else "")
+    more = f" and {others} more" if others else ""
+    return f"{baseline.name}: {legend_name(baseline.models[0], looks)}{more}"
 
 
 def has_labels(panel: Panel, form: Form) -> bool:
@@ -79,23 +81,27 @@ def has_labels(panel: Panel, form: Form) -> bool:
     return bool(form.label_chars) and count * _ROW <= form.height - _top(panel) - _BOTTOM
 
 
-def describe(chart: Chart, panel: Panel) -> str:
+def describe(chart: Chart, panel: Panel, looks: Mapping[str, Style]) -> str:
     """The figure in a sentence, for those who don't see it."""
-    names = ", ".join(legend_name(c.model) for c in panel.curves)
+    names = ", ".join(legend_name(c.model, looks) for c in panel.curves)
     return (
         f"Line chart: {_axis_label(chart)} over depth of {names} on {panel.dataset}. "
         "The table after the figure holds its values."
     )
 
 
-def caption(panel: Panel, reduced: str) -> str:
+def caption(panel: Panel, reduced: str, looks: Mapping[str, Style]) -> str:
     """What the marks are, for this panel."""
     points = [p for curve in panel.curves for p in curve.points]
     counts = sorted({curve.images for curve in panel.curves})
     images = " or ".join("1 image" if n == 1 else f"{n} images" for n in counts)
-    texts = [f"Mean over {images}"]
+    texts = [f"{'Mean over' if all(c.averaged for c in panel.curves) else 'Over'} {images}"]
     if any(math.isfinite(p.low) for p in points):
-        texts[0] += ", band: 95 % interval over images"
+        texts[0] += (
+            ", band: 95 % interval over images"
+            if has_bands(panel)
+            else "; 95 % intervals over images are in the table"
+        )
     elif counts == [1]:
         texts[0] += ": one image gives no interval"
     if reduced and reduced not in REDUCED:
@@ -103,18 +109,21 @@ def caption(panel: Panel, reduced: str) -> str:
     if any(p.site == "mid" for p in points):
         texts.append("Line: embedding and layer outputs; faint points: between attention and MLP")
     if panel.baselines:
-        texts.append(
-            f"Dotted: {', '.join(dict.fromkeys(b.name for b in panel.baselines))}, whatever the image"
-        )
-    if any(curve.untrained for curve in panel.curves):
+        texts.append(f"Dotted: {', '.join(dict.fromkeys(b.name for b in panel.baselines))}")
+    if any(looks[curve.model].untrained for curve in panel.curves):
         texts.append("Dashed: untrained networks, random weights")
     places: dict[str, list[str]] = {}
     for curve in panel.curves:
-        places.setdefault(curve.at, []).append(legend_name(curve.model))
+        places.setdefault(curve.at, []).append(legend_name(curve.model, looks))
     for place, models in places.items():
         if place:
             texts.append(f"At {place}" + (f": {', '.join(models)}" if len(places) > 1 else ""))
     return ". ".join(texts) + "."
+
+
+def has_bands(panel: Panel) -> bool:
+    """Whether intervals are drawn: those of many models can't be told apart."""
+    return len(panel.curves) <= _BANDS
 
 
 def panel_svg(chart: Chart, panel: Panel, looks: Mapping[str, Style], form: Form, key: str) -> str:
@@ -127,7 +136,7 @@ def panel_svg(chart: Chart, panel: Panel, looks: Mapping[str, Style], form: Form
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         panel_figure(chart, panel, looks, form).savefig(text, format="svg", metadata=nothing)
-    return embedded(text.getvalue(), key, describe(chart, panel), form.name)
+    return embedded(text.getvalue(), key, describe(chart, panel, looks), form.name)
 
 
 def panel_figure(chart: Chart, panel: Panel, looks: Mapping[str, Style], form: Form) -> Figure:
@@ -181,7 +190,7 @@ class _Drawing:
                         *_stretched(part), color=look.colour, linewidth=1.3, dashes=look.dashes, zorder=2
                     )
         # untrained ones first: a baseline never hides what it is compared with
-        for curve in sorted(self.panel.curves, key=lambda c: not c.untrained):
+        for curve in sorted(self.panel.curves, key=lambda c: not self.looks[c.model].untrained):
             self._curve(curve, self.looks[curve.model])
         self._edge_notes(outside)
         if self.labelled:
@@ -253,7 +262,7 @@ class _Drawing:
             if not segment:
                 continue
             x, y, low, high = np.array([(p.depth, p.mean, p.low, p.high) for p in segment]).T
-            known = ~(np.isnan(low) | np.isnan(high))
+            known = ~(np.isnan(low) | np.isnan(high)) & has_bands(self.panel)
             band = {"color": look.colour, "alpha": 0.2, "zorder": 1}
             if known.any() and len(segment) > 1:
                 self.axes.fill_between(x, low, high, where=known, linewidth=0, **band)
@@ -277,25 +286,26 @@ class _Drawing:
             place += _ROW
             if _named(self.panel):
                 room = int((self.x1 - self.x0) / _GLYPH)
-                names = shortened(", ".join(legend_name(m) for m in models) + ":", room)
+                names = shortened(", ".join(legend_name(m, self.looks) for m in models) + ":", room)
                 self.text(self.x0, place, names, "left", "bottom")
                 place += _ROW
 
     def _edge_notes(self, outside: Sequence[Baseline]) -> None:
         """Baselines that would squeeze the curves together are named at the edge they lie beyond."""
         for above in (True, False):
-            texts = []
+            found: dict[str, list[float]] = {}
             for baseline in outside:
                 values = [p.mean for p in _drawn(baseline.points)]
                 if (min(values) > self.limits[1]) == above:
-                    ends = dict.fromkeys(
-                        f"{v:.3g}".replace("-", "\u2212") for v in (min(values), max(values))
-                    )
-                    texts.append(f"{baseline.name} {' to '.join(ends)}")
+                    found.setdefault(baseline.name, []).extend(values)
+            texts = []
+            for name, values in found.items():
+                ends = dict.fromkeys(f"{v:.3g}".replace("-", "\u2212") for v in (min(values), max(values)))
+                texts.append(f"{name} {' to '.join(ends)}")
             if texts:
                 arrow, place = ("\u2191", self.y1 - 2) if above else ("\u2193", self.y0 + 3)
-                said = ", ".join(dict.fromkeys(texts))  # models whose baselines differ in a digit not shown
-                self.text(self.x1 - 3, place, f"{arrow} {said}", "right", "top" if above else "bottom")
+                said = f"{arrow} {', '.join(texts)}"
+                self.text(self.x1 - 3, place, said, "right", "top" if above else "bottom")
 
     def _end_labels(self, lines: Sequence[Line]) -> None:
         """A label beside the end of each line, moved apart where they would overlap."""
@@ -315,21 +325,15 @@ class _Drawing:
                 INK,
                 _FONT,
             )
-            # along the line's height to the edge, then to the label
-            xs, ys = (
-                [max(x, self.x1 - 4) if self.x1 - x < 40 else x, self.x1 + 8, self.x1 + 20],
-                [y, place, place],
-            )
-            self.axes.plot(
-                xs,
-                ys,
-                transform=self.px,
-                color=line.look.colour,
-                linewidth=1,
-                alpha=0.75,
-                zorder=2,
-                clip_on=False,
-            )
+            # along the line's height to the edge, where it isn't data, then to the label
+            near = max(x, self.x1 - 4)
+            to_edge = {"color": MUTED, "linewidth": 0.6, "dashes": (1.0, 3.0)}
+            to_label = {"color": line.look.colour, "linewidth": 1, "alpha": 0.75}
+            drawn = [([near, self.x1 + 8, self.x1 + 20], [y, place, place], to_label)]
+            if self.x1 - x >= 40:
+                drawn.append(([x + 6, near], [y, y], to_edge))
+            for xs, ys, how in drawn:
+                self.axes.plot(xs, ys, transform=self.px, zorder=2, clip_on=False, **how)
 
 
 def _top(panel: Panel) -> float:
@@ -357,13 +361,16 @@ def _drawn(points: Sequence[Point]) -> list[Point]:
 
 
 def _limits(panels: Sequence[Panel]) -> tuple[float, float]:
-    """One y axis for all panels: curves with their intervals, and baselines that leave them most of it."""
+    """One y axis for all panels: curves with their intervals, and baselines that leave them most of it.
+
+    A baseline of one model among several is no frame of the others.
+    """
     points = [p for panel in panels for c in panel.curves for p in _drawn(c.points)]
     values = [v for p in points for v in (p.mean, p.low, p.high) if math.isfinite(v)]
     if not values:
         return 0.0, 1.0
     low, high = min(values), max(values)
-    for baseline in (b for panel in panels for b in panel.baselines):
+    for baseline in (b for p in panels for b in p.baselines if len(b.models) > 1 or len(p.curves) == 1):
         own = [p.mean for p in _drawn(baseline.points)]
         if max(high, *own) - min(low, *own) <= 3 * (high - low) or high == low:
             low, high = min(low, *own), max(high, *own)
@@ -388,5 +395,4 @@ def _stretched(points: Sequence[Point]) -> tuple[list[float], list[float]]:
 
 
 def _axis_label(chart: Chart) -> str:
-    name = chart.value.replace("_", " ")
-    return f"{name} ({chart.units})" if chart.units else name
+    return f"{chart.label} ({chart.units})" if chart.units else chart.label

@@ -28,6 +28,7 @@ class Line:
     name: str
     claim: str
     models: str
+    quantity: str
     layers: str
     status: str
     verdict: str
@@ -94,7 +95,7 @@ def tables(
                 tuple(_missing(absent)),
                 evidence.command(*metrics) if metrics else "",
                 tuple(t.name for t in tested if t.failure),
-                tuple(_notes(tested, miniatures)),
+                tuple(_notes(tested, miniatures, bool(evidence.untrained))),
                 tuple(fingerprint(evidence, findings)),
             )
         )
@@ -118,6 +119,7 @@ def _line(name: str, claim: str, verdict: Verdict, miniatures: Collection[str]) 
         name,
         claim,
         ", ".join(verdict.models),
+        verdict.quantity.replace("_", " ") if name else "",
         verdict.layers,
         verdict.status,
         said.get(verdict.status, verdict.status),
@@ -139,7 +141,7 @@ def _missing(absent: Sequence[Tested]) -> Iterator[Missing]:
         yield Missing(tuple(each), reason, hints.get(reason, ""))
 
 
-def _notes(tested: Sequence[Tested], miniatures: Collection[str]) -> Iterator[str]:
+def _notes(tested: Sequence[Tested], miniatures: Collection[str], baseline: bool) -> Iterator[str]:
     """What every reader of the table must know."""
     verdicts = [v for t in tested for v in (t.verdict, *t.verdict.parts) if v.effect]
     if not verdicts:
@@ -162,7 +164,8 @@ def _notes(tested: Sequence[Tested], miniatures: Collection[str]) -> Iterator[st
         count = " to ".join(str(n) for n in sorted({min(counts["images"]), max(counts["images"])}))
         yield (
             f"Intervals are over images (paired bootstrap, {count} in common) and do not cover other "
-            "trainings of the same models: another seed may differ by more. `--group` takes several of them."
+            "trainings of the same models: another seed may differ by more. `probekit findings RUN --group` "
+            "takes several of them."
         )
     if "results" in counts:
         yield (
@@ -174,7 +177,7 @@ def _notes(tested: Sequence[Tested], miniatures: Collection[str]) -> Iterator[st
             "With grouped trainings, intervals are over trainings (t-interval over seeds; where one side has "
             "a single training, its spread is taken to be the other's)."
         )
-    if not any(v.baselines for v in verdicts):
+    if not baseline:
         yield (
             "The run has no untrained network (`MODEL@random`): random weights alone show some of these "
             "properties, so a claim that holds here may be none of training's."
@@ -200,7 +203,7 @@ def baseline_text(baseline: Baseline | None) -> str:
 
 def signed(value: float) -> str:
     """Three significant digits with the sign; a dash for what isn't there."""
-    return "-" if math.isnan(value) else f"{value:+.3g}"
+    return "-" if math.isnan(value) else f"{value:+#.3g}".rstrip(".")
 
 
 def positions(placed: Sequence[Placed], models: Sequence[str]) -> list[tuple[str, list[str]]]:
@@ -254,7 +257,7 @@ def markdown(found: Sequence[Tables]) -> str:
 
 
 def _cell_of_claim(line: Line) -> str:
-    about = f"({_cell('; '.join(text for text in (line.models, line.layers) if text))})"
+    about = f"({_cell('; '.join(text for text in (line.models, line.quantity, line.layers) if text))})"
     said = f"**{_cell(line.name)}** {_cell(line.claim)}" if line.name else "↳"
     return f"{said} {about}" if about != "()" else said
 

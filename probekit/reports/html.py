@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from probekit.findings.finding import Status
 from probekit.reports.charts import Chart, Panel, Point, clean
 from probekit.reports.contents import ordered
 from probekit.reports.curves import Trouble, charts
@@ -29,6 +30,7 @@ from probekit.reports.pictures import pictures
 from probekit.reports.pictures_page import section
 from probekit.reports.pictures_panels import Picture
 from probekit.reports.provenance import bad_images, command, facts, plain, provenance, summary
+from probekit.store.runfolder import how_they_ended
 from probekit.store.sealing import write_bytes
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ def _page(run: Run) -> dict[str, Any]:
         chart.metric: [picture for picture in pictured if picture.metric == chart.metric] for chart in drawn
     }
     cells = list(run.cells())
-    looks = styles(run.models)
+    looks = styles(run.models, run.untrained)
     name = run.path.resolve().name
     return {
         "title": name,
@@ -106,13 +108,8 @@ def _page(run: Run) -> dict[str, Any]:
 
 def _counts(cells: Sequence[Cell]) -> str:
     """``6 cells (a metric of a model on a dataset): 5 done, 1 failed.``"""
-    texts = []
-    for status in ("done", "failed", "unfinished", "does not apply"):
-        count = sum(cell.outcome.status == status for cell in cells)
-        said = "do not apply" if status == "does not apply" and count > 1 else status
-        texts += [f"{count} {said}"] if count else []
     total = "1 cell" if len(cells) == 1 else f"{len(cells)} cells"
-    return f"{total} (a metric of a model on a dataset): {', '.join(texts)}."
+    return f"{total} (a metric of a model on a dataset): {how_they_ended(cells)}."
 
 
 def _without_result(cells: Sequence[Cell], troubles: Sequence[Trouble]) -> list[dict[str, Any]]:
@@ -153,6 +150,7 @@ def _finding_table(found: Tables, models: Sequence[str]) -> dict[str, Any]:
     placed = any(one.position for one in found.fingerprint)  # plain values are in the charts
     return {
         "dataset": found.dataset,
+        "tally": _tally(found),
         "lines": found.lines,
         "kinds": {line.status: line.status.replace("'", "").replace(" ", "-") for line in found.lines},
         "missing": found.missing,
@@ -162,6 +160,18 @@ def _finding_table(found: Tables, models: Sequence[str]) -> dict[str, Any]:
         "positions": positions(found.fingerprint, models) if placed else [],
         "unplaced": unplaced(found.fingerprint),
     }
+
+
+def _tally(found: Tables) -> str:
+    """``22 claims: 5 seen, 6 not seen, 11 can't tell.``"""
+    counts: dict[str, int] = {}
+    claims = [line for line in found.lines if line.name]
+    for line in sorted(claims, key=lambda line: get_args(Status).index(line.status)):
+        counts[line.verdict] = counts.get(line.verdict, 0) + 1
+    total = len(claims)
+    return (
+        f"{total} claim{'s' if total != 1 else ''}: {', '.join(f'{n} {said}' for said, n in counts.items())}."
+    )
 
 
 # --- charts
@@ -209,17 +219,18 @@ def _panel(chart: Chart, panel: Panel, looks: Mapping[str, Style], key: str) -> 
         "labelled": has_labels(panel, WIDE),
         "legend": [(_markup(line.look.swatch()), line.name) for line in lines_of(panel, looks)],
         "svgs": [_markup(panel_svg(chart, panel, looks, form, f"{key}-{form.name}")) for form in forms],
-        "caption": caption(panel, chart.reduced),
-        "table": _table(chart, panel),
+        "caption": caption(panel, chart.reduced, looks),
+        "table": _table(chart, panel, looks),
     }
 
 
-def _table(chart: Chart, panel: Panel) -> dict[str, Any]:
+def _table(chart: Chart, panel: Panel, looks: Mapping[str, Style]) -> dict[str, Any]:
     rows = panel.table()
     texts = {name: [str(getattr(row, name)) for row in rows] for name in ("layer", "site", "part", "stage")}
     # a column that says the same everywhere says nothing
     shown = [name for name, column in texts.items() if name == "layer" or len(set(column)) > 1]
-    what = "Mean" if chart.interval == "none" else "Mean and 95 % interval"
+    what = "Mean" if all(curve.averaged for curve in panel.curves) else "Value"
+    what += "" if chart.interval == "none" else " and 95 % interval"
     caption = f"{what}{f' in {chart.units}' if chart.units else ''}."
     if any(" / " in text for column in texts.values() for text in column):
         caption += " Where models differ in a layer's name or stage: in the order of their columns."
@@ -227,7 +238,7 @@ def _table(chart: Chart, panel: Panel) -> dict[str, Any]:
     heads += [(curve.model, "number model") for curve in panel.curves]
     return {
         "caption": caption,
-        "heads": [*heads, *((baseline_name(b, panel), "number") for b in panel.baselines)],
+        "heads": [*heads, *((baseline_name(b, panel, looks), "number") for b in panel.baselines)],
         "rows": [
             {
                 "depth": f"{row.depth:g}",

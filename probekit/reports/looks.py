@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from probekit.reports.charts import clean, is_untrained
+from probekit.reports.charts import clean
 from probekit.reports.placing import shortened
 
 # Okabe and Ito's colours without yellow, ordered so that neighbours differ most for colour-blind readers.
-SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5578f", "#56a5d8", "#b07d00")
+SERIES = ("#0072b2", "#d55e00", "#009e73", "#b5578f", "#4595cc", "#b07d00")
 UNTRAINED, INK, MUTED, HAIRLINE, SURFACE = "#7a7a7a", "#222222", "#5c5c5c", "#e1e1e1", "#fdfdfd"
 # matplotlib's markers, and the same as a path around (17, 7) for legends
 _SHAPES = {
@@ -37,16 +37,23 @@ _PROPERTIES = {
     HAIRLINE: "--hairline",
     SURFACE: "--surface",
 }
-_DASHES = {"solid": (None, None), "untrained": (5.0, 3.0), "baseline": (2.0, 2.5)}
+_DASHES = {"solid": (), "untrained": (5.0, 3.0), "baseline": (2.0, 2.5), "second": (9.0, 2.0, 2.0, 2.0)}
+_DASHES["third"] = (9.0, 2.0, 2.0, 2.0, 2.0, 2.0)
+_TURNS = ("solid", "second", "third")
+"""Of trained models: another for each time the colours are through."""
 
 
 @dataclass(frozen=True)
 class Style:
-    """How a model is drawn, in every chart of a page."""
+    """How a model is drawn, in every chart of a page.
+
+    untrained: nothing has trained it: a baseline for the others
+    """
 
     colour: str
     marker: str
     dash: str = "solid"
+    untrained: bool = False
 
     @property
     def variable(self) -> str:
@@ -54,37 +61,43 @@ class Style:
         return f"var({_PROPERTIES[self.colour]}, {self.colour})"
 
     @property
-    def dashes(self) -> tuple[float | None, float | None]:
-        """Lengths of dash and gap, None for a line without gaps."""
-        return _DASHES[self.dash]
+    def dashes(self) -> tuple[float | None, ...]:
+        """Lengths of dashes and gaps, None for a line without gaps."""
+        return _DASHES[self.dash] or (None, None)
 
     def swatch(self) -> str:
         """A piece of the line for a legend, as an ``<svg>`` element."""
-        dashes = f' stroke-dasharray="{self.dashes[0]:g} {self.dashes[1]:g}"' if self.dashes[0] else ""
+        lengths = " ".join(f"{length:g}" for length in _DASHES[self.dash])
+        dashes = f' stroke-dasharray="{lengths}"' if lengths else ""
         line = f'<path d="M1 7H33" style="stroke: {self.variable}; stroke-width: 2"{dashes}/>'
         shape = _SHAPES.get(self.marker)
         marker = f'<path d="{shape}" style="fill: {self.variable}"/>' if shape else ""
         return f'<svg class="swatch" viewBox="0 0 34 14" aria-hidden="true">{line}{marker}</svg>'
 
 
-def styles(models: Sequence[str]) -> dict[str, Style]:
+def styles(models: Sequence[str], untrained: Callable[[str], bool]) -> dict[str, Style]:
     """A style for each model: colours for trained ones, grey dashes for untrained ones.
 
     Where none is trained the untrained ones aren't a baseline of anything: they get colours, still dashed.
+
+    untrained: whether a model is (`probekit.Run.untrained`)
     """
-    trained = [m for m in models if not is_untrained(m)]
+    trained = [m for m in models if not untrained(m)]
     found = {}
     for number, model in enumerate(trained or models):
-        dash = "solid" if trained else "untrained"
-        found[model] = Style(SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)], dash)
+        dash = _TURNS[number // len(SERIES) % len(_TURNS)] if trained else "untrained"
+        look = SERIES[number % len(SERIES)], _MARKERS[number % len(_MARKERS)], dash
+        found[model] = Style(*look, untrained=not trained)
     for number, model in enumerate(m for m in models if m not in found):
-        found[model] = Style(UNTRAINED, _MARKERS[number % len(_MARKERS)], "untrained")
+        found[model] = Style(UNTRAINED, _MARKERS[number % len(_MARKERS)], "untrained", untrained=True)
     return found
 
 
-def legend_name(model: str) -> str:
-    """``moco:vit-b16 (untrained)``"""
-    return f"{model.removesuffix('@random')}{_MARK}" if is_untrained(model) else model
+def legend_name(model: str, looks: Mapping[str, Style]) -> str:
+    """``moco:vit-b16 (untrained)``; what is no model's name as it is."""
+    if model not in looks or not looks[model].untrained or "untrained" in model:
+        return model
+    return f"{model.removesuffix('@random')}{_MARK}"
 
 
 def label(name: str, limit: int) -> str:

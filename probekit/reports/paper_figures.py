@@ -61,7 +61,7 @@ def render(run: Run, path: Path) -> Path:
 
 def _figures(run: Run) -> Iterator[tuple[tuple, str, Figure, str]]:
     """Order, file name without ending, figure and caption."""
-    looks, several = styles(run.models), len(run.datasets) > 1
+    looks, several = styles(run.models, run.untrained), len(run.datasets) > 1
     for chart in charts(run)[0]:
         for panel in chart.panels:
             # as high as its labels need, so that none goes without
@@ -69,8 +69,8 @@ def _figures(run: Run) -> Iterator[tuple[tuple, str, Figure, str]]:
             figure = panel_figure(chart, panel, looks, replace(WIDE, height=height))
             on = panel.dataset if several else ""
             figure.patch.set(alpha=1, facecolor="white")
-            value, said = chart.value.replace("_", " "), caption(panel, chart.reduced)
-            text = f"{value} over depth, on {panel.dataset}. {said}"
+            said = caption(panel, chart.reduced, looks)
+            text = f"{chart.label} over depth, on {panel.dataset}. {said}"
             yield place(chart.figure), _name(chart.figure, chart.metric, "", on), figure, text
     for picture in pictures(run)[0]:
         on = picture.dataset if several else ""
@@ -107,24 +107,24 @@ def _composed(picture: Picture, looks: Mapping[str, Style]) -> Figure:
         left, above = column * (width + _GAP), top + sum(heights[:row])
         whole = Sheet(figure, left, above, width, _TITLE)
         whole.text(
-            4, _TITLE / 2, shortened(_title(picture, panels[0]), int(width / 7.5)), colour=INK, size=13
+            4, _TITLE / 2, shortened(_title(picture, panels[0], looks), int(width / 7.5)), colour=INK, size=13
         )
         draw(Sheet(figure, left, above + _TITLE, *sizes[number]), picture, panels, looks)
     return figure
 
 
-def _title(picture: Picture, panel: Panel) -> str:
+def _title(picture: Picture, panel: Panel, looks: Mapping[str, Style]) -> str:
     if picture.kind == "dots":
         return panel.layer
     beside = getattr(panel, "beside", "")
-    return legend_name(panel.model) + (f" with {legend_name(beside)}" if beside else "")
+    return legend_name(panel.model, looks) + (f" with {legend_name(beside, looks)}" if beside else "")
 
 
 def _legend(picture: Picture, looks: Mapping[str, Style]) -> list[tuple[str, str, str]]:
     """Colour, marker and name of what is told apart by colour."""
     if picture.kind == "dots":
         models = dict.fromkeys(panel.model for panel in picture.panels)
-        return [(looks[model].colour, looks[model].marker, legend_name(model)) for model in models]
+        return [(looks[model].colour, looks[model].marker, legend_name(model, looks)) for model in models]
     if picture.kind == "points":
         names = [name for name in cloud_names(picture) if name]
         return [(SERIES[n % len(SERIES)], "o", name) for n, name in enumerate(names)]

@@ -60,7 +60,7 @@ def size(panels: Sequence[Panel]) -> tuple[float, float]:
     return WIDTH, sum(_block_height(block) for block in first.blocks) + 2
 
 
-def describe(picture: Picture, panels: Sequence[Panel]) -> str:
+def describe(picture: Picture, panels: Sequence[Panel], looks: Mapping[str, Style]) -> str:
     """A figure in a sentence or two, for those who don't see it."""
     kinds = {
         "profile": "Lines over",
@@ -69,10 +69,10 @@ def describe(picture: Picture, panels: Sequence[Panel]) -> str:
         "points": "Points in the plane",
         "maps": "Small images",
     }
-    names = ", ".join(legend_name(panel.model) for panel in panels)
+    names = ", ".join(legend_name(panel.model, looks) for panel in panels)
     over = f" {picture.across}" if picture.across else ""
     beside = getattr(panels[0], "beside", "")
-    with_it = f" with {legend_name(beside)}" if beside else ""
+    with_it = f" with {legend_name(beside, looks)}" if beside else ""
     return (
         f"{kinds[picture.kind]}{over}: {picture.title} of {names}{with_it} on {picture.dataset}. "
         f"{picture.caption}"
@@ -88,7 +88,7 @@ def picture_svg(picture: Picture, panels: Sequence[Panel], looks: Mapping[str, S
         text = io.StringIO()
         nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(text, format="svg", metadata=nothing, dpi=144)
-    return embedded(text.getvalue(), key, describe(picture, panels), "picture")
+    return embedded(text.getvalue(), key, describe(picture, panels, looks), "picture")
 
 
 def blank(width: float, height: float) -> Figure:
@@ -180,9 +180,9 @@ def _profile(sheet: Sheet, picture: Picture, panels: Sequence[Profile], looks: M
         axis.offsetText.set(fontsize=_FONT, color=MUTED, parse_math=False)
     sheet.text(left + width / 2, sheet.height - 10, shortened(picture.across, 45), "center", colour=INK)
     middle, name = 30 + (sheet.height - 76) / 2, picture.up
-    if len(name) > 36 and picture.units:
+    if len(name) > 38 and picture.units:
         name = name.removesuffix(f" ({picture.units})")  # the title says it
-    sheet.text(12, middle, shortened(name, 36), "center", colour=INK, turn=90)
+    sheet.text(12, middle, shortened(name, 38), "center", colour=INK, turn=90)
     _depth_key(sheet, depths)
 
 
@@ -347,8 +347,12 @@ def _nothing(name: str):
 
 
 def _ticks(places: np.ndarray) -> list[int]:
-    """Entries of an axis to be labelled: whole depths, not too many."""
-    whole = [number for number, place in enumerate(places) if place == round(place)]
+    """Entries of an axis to be labelled: whole depths, not too many.
+
+    Each once: a decoder begins where the encoder ends.
+    """
+    first = np.unique(places, return_index=True)[1]
+    whole = [int(number) for number in sorted(first) if places[number] == round(places[number])]
     for step in (1, 2, 3, 4, 5, 6, 10, 12, 20, 50, 100):
         found = [number for number in whole if places[number] % step == 0]
         if len(found) <= 8:

@@ -22,8 +22,8 @@ def section(picture: Picture, looks: Mapping[str, Style], key: str) -> dict[str,
         "legend": _legend(picture, looks),
         "figures": [
             {
-                "model": legend_name(panels[0].model) if picture.kind != "dots" else "",
-                "beside": _beside(panels),
+                "model": legend_name(panels[0].model, looks) if picture.kind != "dots" else "",
+                "beside": _beside(panels, looks),
                 "svg": Markup(picture_svg(picture, panels, looks, f"{key}-{number}")),
             }
             for number, panels in enumerate(groups(picture), 1)
@@ -31,16 +31,16 @@ def section(picture: Picture, looks: Mapping[str, Style], key: str) -> dict[str,
     }
 
 
-def _beside(panels: Sequence[Panel]) -> str:
+def _beside(panels: Sequence[Panel], looks: Mapping[str, Style]) -> str:
     beside = getattr(panels[0], "beside", "")
-    return legend_name(beside) if beside else ""
+    return legend_name(beside, looks) if beside else ""
 
 
 def _legend(picture: Picture, looks: Mapping[str, Style]) -> list[tuple[Markup, str]]:
     """Swatch and name of what is told apart by colour, beside layers."""
     if picture.kind == "dots":
         models = dict.fromkeys(panel.model for panel in picture.panels)
-        return [(Markup(looks[model].swatch()), legend_name(model)) for model in models]
+        return [(Markup(looks[model].swatch()), legend_name(model, looks)) for model in models]
     if picture.kind == "points":
         names = [name for name in cloud_names(picture) if name]
         return [(_spot(number), name) for number, name in enumerate(names)]

@@ -92,7 +92,8 @@ def _profile(picture: Picture, result: xr.Dataset, variable: xr.DataArray, model
         there = there[_evenly(range(len(there)), POSITIONS)]
         depth = float(result["depth"].values[row])
         lines.append(Line(layer_name(result, row), depth, parts[row], x[there], values[row, there]))
-    picture.across, picture.up = named(axis, dim) if axis is not None else dim, _value(picture)
+    picture.across = named(axis, dim) if axis is not None else dim
+    picture.up = named(variable, picture.variable)
     if not lines:
         return []
     _note(picture, "A line a layer, lighter with depth")
@@ -139,7 +140,7 @@ def _dots(picture: Picture, result: xr.Dataset, variable: xr.DataArray, model: s
         raise Unfit(f"picture_line is '{whole}', no variable over layers")
     line = float(result[whole].values[row]) if whole else np.nan
     labels = tuple(_labels(result, dim))
-    picture.across = _value(picture)
+    picture.across = named(variable, picture.variable)
     _note(picture, "At the last layer")
     if whole:
         _note(picture, f"Vertical lines: {whole.replace('_', ' ')}, over all")
@@ -253,17 +254,13 @@ _MAKERS: Mapping[str, Callable[[Picture, xr.Dataset, xr.DataArray, str], list[Pa
 
 
 def _note(picture: Picture, text: str) -> None:
-    if text and text not in picture.notes:
-        picture.notes.append(text)
+    """Unless it is there already, or one that says more: "... layer" beside "... layer of the encoder"."""
+    if text and not any(note.startswith(text) for note in picture.notes):
+        picture.notes[:] = [note for note in picture.notes if not text.startswith(note)] + [text]
 
 
 def _axes(variable: xr.DataArray) -> str:
     return ", ".join(map(str, variable.dims))
-
-
-def _value(picture: Picture) -> str:
-    name = clean(picture.variable.replace("_", " "))
-    return name + (f" ({picture.units})" if picture.units else "")
 
 
 def _parts(result: xr.Dataset) -> list[str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import datetime
 import socket
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,14 @@ class Cell:
     dataset: str
     metric: str
     outcome: Outcome
+
+
+def how_they_ended(cells: Iterable[Cell]) -> str:
+    """``5 done, 1 failed, 3 do not apply``"""
+    counts = Counter(cell.outcome.status for cell in cells)
+    said = {status: status for status in ("done", "failed", "unfinished")}
+    said["does not apply"] = "does not apply" if counts["does not apply"] == 1 else "do not apply"
+    return ", ".join(f"{counts[status]} {words}" for status, words in said.items() if counts[status])
 
 
 class Run:
@@ -105,8 +114,23 @@ class Run:
                 yield cell, self.result(cell.metric, model=cell.model, dataset=cell.dataset)
 
     def about(self, model: str, dataset: str) -> Mapping[str, Any]:
-        """What a cell was made from (weights, images, preprocessing, anatomy); {} before it began."""
+        """What a cell was made from (weights, images, preprocessing, anatomy); {} before it began.
+
+        Names may be shortened as in `result`.
+        """
+        model, dataset = _one("model", model, self.models), _one("dataset", dataset, self.datasets)
         return self.folder(model, dataset).read() or {}
+
+    def untrained(self, model: str) -> bool:
+        """Whether a model's weights are random ones, or its pack says that nothing has trained them."""
+        return model.endswith("@random") or any(self._declared_untrained(model, d) for d in self.datasets)
+
+    def _declared_untrained(self, model: str, dataset: str) -> bool:
+        try:
+            about = self.about(model, dataset)
+        except StoreError:  # whoever asks for its numbers hears what is wrong
+            return False
+        return about.get("objective") == "untrained" or weights_of(about).get("kind") == "random"
 
     def trace_folders(self) -> Iterator[tuple[str, str, Path]]:
         """(model, dataset, folder) of every trace that has begun."""
@@ -137,7 +161,8 @@ class Run:
         return folder.read(about["ids"], about["labels"], self.seed)
 
     def bad_images(self, model: str, dataset: str) -> list[dict[str, Any]]:
-        """Images that could not be read in a cell: index, id and reason."""
+        """Images that could not be read in a cell: index, id and reason. Names may be shortened as in `result`."""
+        model, dataset = _one("model", model, self.models), _one("dataset", dataset, self.datasets)
         about = self.about(model, dataset)
         found: dict[int, dict[str, Any]] = {}
         for name, where, path in self.trace_folders():
@@ -148,6 +173,12 @@ class Run:
                 if traces.sample is None:
                     break  # it saw all images
         return [found[index] for index in sorted(found)]
+
+
+def weights_of(about: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights' identity in what a cell was made from; {} where it says none."""
+    found = about.get("weights")
+    return found if isinstance(found, Mapping) else {}
 
 
 def shard_size(total: int) -> int:
