@@ -365,6 +365,14 @@ def test_density_over_heads():
     assert (result["nmi_head_sd"].attrs["ddof"], result["nmi_density"].attrs["role"]) == (0, "density")
 
 
+def test_a_collapsed_layers_density_is_as_wide_as_it_is_sampled():
+    """Kernels far narrower than the places' distance would lie between two of them, or be 14,000 high at one."""
+    nmi = (0.305 + 1e-5 * np.arange(12)) * np.ones((3, 1, 1))
+    density = NMI().summarize(traces_of(nmi))["nmi_density"][0]
+    assert float(density.sum()) / 100 == pytest.approx(1, abs=0.02)
+    assert float(density.max()) < 1 / (0.01 * math.sqrt(2 * math.pi))
+
+
 def test_layers_without_a_density():
     nmi = np.random.default_rng(1).random((5, 3, 4))
     nmi[:, 0, 1:] = np.nan  # one head

@@ -75,7 +75,7 @@ class NMI(Metric):
             "zero_by_zero": 0.0,
             "density": (
                 "Gaussian kernels over the image means of a layer's heads; bandwidth by Scott's rule, "
-                "heads^(-1/5) times their standard deviation (ddof 1)"
+                "heads^(-1/5) times their standard deviation (ddof 1), not below 0.01"
             ),
             "reading": ("0: every query sees the same map. Towards 1: each query sees keys of its own."),
             "does_not_show": (

@@ -229,7 +229,7 @@ def _table(chart: Chart, panel: Panel, looks: Mapping[str, Style]) -> dict[str, 
     texts = {name: [str(getattr(row, name)) for row in rows] for name in ("layer", "site", "part", "stage")}
     # a column that says the same everywhere says nothing
     shown = [name for name, column in texts.items() if name == "layer" or len(set(column)) > 1]
-    what = "Mean" if all(curve.averaged for curve in panel.curves) else "Value"
+    what = "Mean" if all(curve.averaged for curve in panel.curves) else "Values"
     what += "" if chart.interval == "none" else " and 95 % interval"
     caption = f"{what}{f' in {chart.units}' if chart.units else ''}."
     if any(" / " in text for column in texts.values() for text in column):
