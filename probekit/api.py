@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from probekit.errors import DoesNotApply, MetricError, UsageError
+from probekit.errors import DoesNotApply, MetricError, ProbekitError, UsageError
 from probekit.grid import make_grid, resolve
 from probekit.metric import Metric, Traces
 from probekit.plugins.catalog import Catalog
+from probekit.plugins.loading import blamed, describe
 from probekit.store.runfolder import Run, choose_folder
 
 if TYPE_CHECKING:
     import xarray as xr
     from torch import Tensor, nn
 
+    from probekit.engine import Collector
     from probekit.models.model import Model
 
 
@@ -71,24 +74,26 @@ def probe(
     """Measure one model on images in memory.
 
     model:   any `nn.Module` (left as it was), a `Model`, or a model name
-    images:  (B, 3, H, W), normalised as the model wants them, B >= 1; moved to the module's device
-    metrics: names, `Metric` classes or objects; of ``"all"``, those that don't apply are left out
+    images:  (B, 3, H, W), floats normalised as the model wants them, B >= 1; moved to the module's device
+    metrics: names, `Metric` classes or objects, no two of one name; of ``"all"``, those that don't apply
+             are left out
 
     Returns ``{metric: xarray.Dataset}``; the variable named like the metric has dims layer and head (or
     frequency), averaged over images. Raises `DoesNotApply` for a metric asked for by name that has no
     meaning for this model, `MetricError` for one that is broken, `WatchError` for a model that can't be
-    watched.
+    watched, `PluginError` for one whose code fails, `UsageError` for arguments that make no sense.
     """
-    import numpy as np
     import torch
 
-    from probekit.engine import collector, measure_batch, numerics
+    from probekit.engine import collector, measure_batch, numerics, within_memory
     from probekit.models.model import Model, load_model, wrap
-    from probekit.watch import Watcher
+    from probekit.subject import watched
 
     if not isinstance(images, torch.Tensor) or images.dim() != 4 or images.shape[1] != 3 or not len(images):
         shape = tuple(images.shape) if isinstance(images, torch.Tensor) else type(images).__name__
         raise UsageError(f"images must be a tensor (B, 3, H, W), not {shape}")
+    asked = {"seed": seed, "batch_size": batch_size, "dtype": dtype, "allow_unwatched": allow_unwatched}
+    batch_size = make_grid({"models": ["one"], **asked}, "probe()").batch_size or len(images)
     catalog = Catalog.load()
     if isinstance(model, str):
         model = load_model(model, catalog, seed=seed)
@@ -97,27 +102,26 @@ def probe(
     chosen = _metrics(metrics, catalog)
     measured = _measured(chosen, catalog)
     loaded = model if isinstance(model, Model) else Model(model)
-    module, parts = loaded.module, loaded.declared.parts if loaded.declared else None
+    loaded.check()
+    module = loaded.module
     training = {m: m.training for m in module.modules()}
     first = next(module.parameters(), None)
     device = first.device if first is not None else images.device
+    _require_floats(images, first, dtype)
     try:
-        with numerics(device, dtype):
-            pixels = images.to(device)
-            watcher = Watcher(
-                module,
-                pixels,
-                forward=loaded.forward,
-                declared_parts=parts,
-                allow_unwatched=allow_unwatched,
-            )
+        with numerics(device, dtype), blamed(f"model {loaded.who}"):
+            with within_memory(device):
+                pixels = images.to(device)
+            watcher = watched(loaded, pixels, allow_unwatched=allow_unwatched)
             collectors = {name: collector(metric, watcher) for name, metric in measured.items()}
-            taken = {name: _sampled(metric, len(images)) for name, metric in measured.items()}
+            taken = {name: _sampled(name, metric, len(images)) for name, metric in measured.items()}
             parts: dict[str, list[dict[str, Any]]] = {name: [] for name in measured}
             for start in range(0, len(images), batch_size):
                 batch = range(start, min(start + batch_size, len(images)))
                 picked = [[i - start for i in taken[name] if i in batch] for name in measured]
-                found = measure_batch(watcher, pixels[start : batch.stop], list(collectors.values()), picked)
+                with within_memory(device, len(batch)):
+                    shown = pixels[start : batch.stop]
+                    found = measure_batch(watcher, shown, list(collectors.values()), picked)
                 for name, values, some in zip(measured, found, picked, strict=True):
                     parts[name] += [values] if some else []
     finally:
@@ -132,28 +136,86 @@ def probe(
         try:
             if not c.applies:
                 raise DoesNotApply(next(iter(c.reasons.values()), "the model has no such layers"))
-            values = {n: np.concatenate([p[n] for p in parts[source]]) for n in c.metric.dims}
-            ids, of = [str(i) for i in taken[source]], len(images)
-            traces = Traces(
-                values,
-                c.rows,
-                ids,
-                None,
-                c.constants,
-                seed,
-                of if len(ids) < of else 0,
-                image_size=watcher.anatomy.image_size,
+            size = watcher.anatomy.image_size
+            results[name] = _summarised(
+                name, metric, c, parts[source], taken[source], len(images), seed, size
             )
-            results[name] = metric.summarize(traces)
         except DoesNotApply as reason:
             if required:
                 raise DoesNotApply(f"metric '{name}' does not apply: {reason.message}") from None
     return results
 
 
-def _sampled(metric: Metric, count: int) -> Sequence[int]:
-    chosen = metric.sample(count, None)
+def _require_floats(images: Tensor, weights: Tensor | None, dtype: str) -> None:
+    """Raise `UsageError` for images that aren't the numbers the model computes with."""
+    given = str(images.dtype).removeprefix("torch.")
+    if not images.is_floating_point():
+        raise UsageError(
+            f"images are {given}, not floats",
+            hint="normalise them as the model wants: (pixels / 255 - mean) / std",
+        )
+    if not bool(images.isfinite().all()):
+        raise UsageError("images hold NaN or infinity")
+    if (
+        dtype == "float32"
+        and weights is not None
+        and weights.is_floating_point()
+        and weights.dtype != images.dtype
+    ):
+        own = str(weights.dtype).removeprefix("torch.")
+        raise UsageError(f"images are {given}, the model's weights are {own}", hint=f"images.to(torch.{own})")
+
+
+def _sampled(name: str, metric: Metric, count: int) -> Sequence[int]:
+    from probekit.contract import wrong_sample
+
+    with _metric_blamed(name, "'sample'"):
+        chosen = metric.sample(count, None)
+        wrong = wrong_sample(chosen, count) if chosen is not None else ""
+    if wrong:
+        raise MetricError(f"metric '{name}': {wrong}")
     return range(count) if chosen is None else sorted(chosen)
+
+
+def _summarised(
+    name: str,
+    metric: Metric,
+    measured: Collector,
+    parts: Sequence[Mapping[str, Any]],
+    taken: Sequence[int],
+    of: int,
+    seed: int,
+    image_size: tuple[int, int],
+) -> xr.Dataset:
+    """A metric's result from what was measured, batch by batch, of the images `taken` of so many."""
+    import numpy as np
+
+    from probekit.contract import wrong_summary
+
+    with _metric_blamed(name, "'summarize'"):
+        values = {n: np.concatenate([p[n] for p in parts]) for n in measured.metric.dims}
+        ids, sampled_of = [str(i) for i in taken], of if len(taken) < of else 0
+        traces = Traces(
+            values, measured.rows, ids, None, measured.constants, seed, sampled_of, image_size=image_size
+        )
+        found = metric.summarize(traces)
+        wrong = wrong_summary(metric.name, found)
+    if wrong:
+        raise MetricError(f"metric '{name}': {wrong}")
+    return found
+
+
+@contextmanager
+def _metric_blamed(name: str, what: str) -> Iterator[None]:
+    """What a metric's code raises by mistake becomes a `MetricError` that names it."""
+    try:
+        yield
+    except DoesNotApply:
+        raise
+    except ProbekitError as error:
+        raise MetricError(f"metric '{name}': {error.message}", hint=error.hint) from error
+    except (Exception, SystemExit) as error:
+        raise MetricError(f"metric '{name}': {what} raised {describe(error)}") from error
 
 
 def _metrics(
@@ -161,18 +223,30 @@ def _metrics(
 ) -> dict[str, tuple[Metric, bool]]:
     """Metric objects by the name their result gets, each with whether it was asked for by name.
 
-    One that needs more than images alone is refused, or left out of ``"all"``.
+    One that needs more than images alone is refused, or left out of ``"all"``. Two of one name are refused:
+    the second's result would take the first's place.
     """
     from probekit.jobs import make_metric
 
     found: dict[str, tuple[Metric, bool]] = {}
-    for item in [asked] if isinstance(asked, (str, Metric, type)) else asked:
+    own: set[str] = set()
+    for item in asked if isinstance(asked, Iterable) and not isinstance(asked, str) else [asked]:
         if isinstance(item, str):
-            for entry in catalog.select("metrics", [item]):
-                found[str(entry.ref)] = make_metric(entry, catalog), item != "all"
+            named = {str(e.ref): e for e in catalog.select("metrics", [item])}
+            twice = own & named.keys()
+            for name, entry in named.items():
+                required = item != "all" or (name in found and found[name][1])
+                found[name] = make_metric(entry, catalog), required
         else:
-            metric = item() if isinstance(item, type) else item
+            metric = _own_metric(item)
+            twice = {metric.name} & found.keys()
+            own.add(metric.name)
             found[metric.name] = metric, True
+        if twice:
+            raise UsageError(
+                f"two metrics are called '{min(twice)}', and results go by their names",
+                hint="probe them one after the other, or give a subclass another 'name'",
+            )
     chosen = {}
     for name, (metric, required) in found.items():
         wants = sorted(metric.requires) + ["variations"] * bool(metric.variations())
@@ -186,14 +260,37 @@ def _metrics(
     return chosen
 
 
+def _own_metric(item: Any) -> Metric:
+    """A metric given as a class or an object. Raises `UsageError` or `MetricError` for what is none."""
+    from probekit.contract import wrong_declaration
+
+    if not isinstance(item, Metric) and not (isinstance(item, type) and issubclass(item, Metric)):
+        given = f"the class '{item.__name__}'" if isinstance(item, type) else f"a '{type(item).__name__}'"
+        raise UsageError(
+            f"a metric is a name, a probekit.Metric class or an object of one, not {given}",
+            hint="`probekit list metrics` shows the names",
+        )
+    kind = item if isinstance(item, type) else type(item)
+    try:
+        metric = item() if isinstance(item, type) else item
+    except ProbekitError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise MetricError(
+            f"metric class '{kind.__name__}' can't be made without options: {describe(error)}",
+            hint=f"give an object: {kind.__name__}(...)",
+        ) from error
+    if wrong := wrong_declaration(metric):
+        raise MetricError(f"metric class '{kind.__name__}': {wrong}")
+    return metric
+
+
 def _measured(chosen: Mapping[str, tuple[Metric, bool]], catalog: Catalog) -> dict[str, Metric]:
     """The metrics that measure, by name: those chosen, and those whose traces they draw on."""
     from probekit.jobs import make_metric
 
-    found = {}
-    for name, (metric, _) in chosen.items():
-        if not metric.source:
-            found[name] = metric
-        elif metric.source not in found:
+    found = {name: metric for name, (metric, _) in chosen.items() if not metric.source}
+    for metric, _ in chosen.values():
+        if metric.source and metric.source not in found:
             found[metric.source] = make_metric(catalog.metric(metric.source), catalog)
     return found

@@ -27,6 +27,7 @@ from probekit.passes import (
     try_out,
 )
 from probekit.plugins.catalog import Entry
+from probekit.plugins.loading import describe
 from probekit.store.cells import CellFolder, Outcome, require_same
 from probekit.subject import Subject, View, default_batch, device_name, versions
 
@@ -61,9 +62,12 @@ def run_cell(
         _Cell(folder, load, metrics, grid, listen).run()
     except (Exception, SystemExit) as error:
         failure, details = error, ""
-        if not isinstance(error, ProbekitError):  # the model's own
-            failure = PluginError(f"{type(error).__name__}: {error}", hint="`--debug` shows where")
-            failure.__cause__, details = error, "".join(traceback.format_exception(error))
+        if not isinstance(error, ProbekitError):  # nobody has said yet whose it is
+            where = f"'{folder.model}' on '{folder.dataset}'"
+            failure = PluginError(f"{where} failed: {describe(error)}", hint="--debug shows where")
+            failure.__cause__ = error
+        if isinstance(failure, PluginError) and failure.__cause__ is not None:  # for whoever wrote the code
+            details = "".join(traceback.format_exception(failure.__cause__))
         if not failure.contained:
             raise
         for chosen in metrics:

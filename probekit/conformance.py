@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,23 +13,25 @@ import torch
 from torch import Tensor
 
 from probekit import attention as core
+from probekit.contract import described, wrong_declaration, wrong_summary, wrong_values
 from probekit.engine import collector, measure_batch
 from probekit.errors import DoesNotApply, MetricError, ProbekitError
 from probekit.layer import Layer, Scores
 from probekit.metric import Metric, Traces
+from probekit.store.results import write_result
 from probekit.testing import TinyViT, make_layer
-from probekit.watch.observe import CAPTURES
-
-REQUIRED = frozenset({"labels", "train", "cues", "masks"})
 
 
 def check(metric: Metric | type[Metric]) -> None:
     """See `probekit.testing.check_metric`."""
     found = _made(metric)
-    name = found.name
-    _check_attributes(found)
-    if found.source or "train" in found.requires or "masks" in found.requires:
-        _check_summary(found)
+    name = getattr(found, "name", None) or type(found).__name__
+    if wrong := wrong_declaration(found):
+        raise MetricError(f"metric '{name}': {wrong}")
+    alone = not (found.source or found.requires or found.variations())
+    if not alone:  # on made-up images of three classes, with all that a dataset can offer
+        made_up = _made_up(found)
+        _check_summary(found, _guarded(f"metric '{name}'", "summarize", found.summarize, made_up))
     if found.source:
         return
     applied = 0
@@ -40,7 +44,7 @@ def check(metric: Metric | type[Metric]) -> None:
             reason = error.message
     if not applied:
         raise MetricError(f"metric '{name}' applies to no layer of a plain ViT: {reason}")
-    if not found.requires and not found.variations():
+    if alone:
         _check_probe(found)
 
 
@@ -62,60 +66,6 @@ def _guarded(who: str, what: str, call: Callable[..., Any], *args: Any) -> Any:
         raise
     except Exception as error:
         raise MetricError(f"{who} can't {what}: it raised {type(error).__name__}: {error}") from error
-
-
-def _check_attributes(metric: Metric) -> None:
-    cls = type(metric)
-    name = getattr(metric, "name", None)
-    if not isinstance(name, str) or not name or not name.replace("_", "").replace("-", "").isalnum():
-        raise MetricError(f"'{cls.__name__}' has no 'name' of letters, digits, '_' and '-', but {name!r}")
-
-    def wrong(what: str) -> MetricError:
-        return MetricError(f"metric '{name}': {what}")
-
-    if not isinstance(metric.version, int) or isinstance(metric.version, bool) or metric.version < 1:
-        raise wrong(f"'version' is {metric.version!r}, not a whole number from 1")
-    unheard = sorted(set(metric.requires) - REQUIRED)
-    if unheard:
-        raise wrong(f"'requires' names '{unheard[0]}', not one of {', '.join(sorted(REQUIRED))}")
-    if metric.source:
-        if cls.summarize is Metric.summarize:
-            raise wrong(f"it draws on '{metric.source}' but has no 'summarize'")
-        if cls.measure is not Metric.measure or metric.needs or metric.dims:
-            raise wrong(f"it draws on '{metric.source}', so 'measure', 'needs' and 'dims' are never used")
-        return
-    needs = getattr(metric, "needs", None)
-    if not isinstance(needs, (set, frozenset)) or not needs:
-        raise wrong(f"'needs' is {needs!r}, not a set of fields such as {{'attention'}}")
-    unknown = sorted(str(n) for n in needs if n not in CAPTURES)
-    if unknown:
-        raise wrong(
-            f"'needs' names '{unknown[0]}', which a layer doesn't have ({', '.join(sorted(CAPTURES))})"
-        )
-    if "tokens" in needs and len(needs) > 1:
-        raise wrong("'needs' names 'tokens' beside others; a token site has tokens alone")
-    dims = getattr(metric, "dims", None)
-    if not isinstance(dims, Mapping) or not dims:
-        raise wrong(f"'dims' is {dims!r}, not a mapping such as {{'{name}': ('head',)}}")
-    for value, axes in dims.items():
-        if (
-            not isinstance(axes, tuple)
-            or not all(isinstance(a, str) for a in axes)
-            or len(set(axes)) < len(axes)
-        ):
-            raise wrong(f"'dims' gives '{value}' the axes {axes!r}, not a tuple of different names")
-        if {"layer", "image"} & set(axes):
-            raise wrong(f"'dims' names 'layer' or 'image' for '{value}'; those axes are there anyway")
-    if name not in dims and cls.summarize is Metric.summarize:
-        raise wrong(f"'dims' has no value '{name}', the one that is plotted")
-    extra = sorted(set(metric.units) - set(dims))
-    if extra and cls.summarize is Metric.summarize:
-        raise wrong(f"'units' names '{extra[0]}', which 'dims' doesn't")
-    for attribute, allowed in (("windows", ("each", "own")), ("curve", ("mean", "last"))):
-        if getattr(metric, attribute) not in allowed:
-            raise wrong(f"'{attribute}' is {getattr(metric, attribute)!r}, not one of {', '.join(allowed)}")
-    if cls.measure is Metric.measure:
-        raise wrong("it has no 'measure'")
 
 
 def _layers(metric: Metric) -> list[tuple[str, Callable[[slice | Tensor], Layer]]]:
@@ -183,16 +133,12 @@ def _measured(metric: Metric, label: str, layer: Layer) -> dict[str, Tensor]:
                 f"metric '{metric.name}' changes '{changed[0]}' in place, which others measure too"
             )
         _check_values(metric, label, view, values)
-        described = _guarded(f"metric '{metric.name}'", f"describe {label}", metric.describe, view)
-        if not isinstance(described, Mapping):
-            raise MetricError(
-                f"metric '{metric.name}': 'describe' returned {type(described).__name__}, not a mapping"
-            )
-        for n, constant in described.items():
-            if not np.isfinite(np.asarray(constant, dtype=np.float64)).all():
-                raise MetricError(
-                    f"metric '{metric.name}': 'describe' gives '{n}' that is not finite, on {label}"
-                )
+        said = _guarded(f"metric '{metric.name}'", f"describe {label}", metric.describe, view)
+        constants, wrong = described(said)
+        if holes := [n for n, constant in constants.items() if not np.isfinite(constant).all()]:
+            wrong = f"'describe' gives '{holes[0]}' that is not finite"
+        if wrong:
+            raise MetricError(f"metric '{metric.name}': {wrong}, on {label}")
         for n, value in values.items():
             if view is not layer:
                 value = view.unfold(value.float()).mean(1) * view.window_share
@@ -211,40 +157,22 @@ def _equal(a: list[Tensor], b: list[Tensor]) -> bool:
 
 
 def _check_values(metric: Metric, label: str, layer: Layer, values: Any) -> None:
-    def wrong(what: str) -> MetricError:
-        return MetricError(f"metric '{metric.name}': {what}, on {label}")
-
-    if not isinstance(values, Mapping) or set(values) != set(metric.dims):
-        got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-        raise wrong(f"'measure' returned {got}, but 'dims' declares {sorted(metric.dims)}")
-    for n, value in values.items():
-        axes = ("image", *metric.dims[n])
-        if not isinstance(value, Tensor):
-            raise wrong(f"'{n}' is a {type(value).__name__}, not a tensor")
-        if value.dim() != len(axes) or len(value) != layer.batch:
-            raise wrong(f"'{n}' is {tuple(value.shape)} for {layer.batch} images, not ({', '.join(axes)})")
-        if "head" in axes and value.shape[axes.index("head")] != layer.heads:
-            raise wrong(f"'{n}' is {tuple(value.shape)}, but the layer has {layer.heads} heads")
+    wrong = wrong_values(metric, values, layer)
+    for n, value in {} if wrong else values.items():
         if not value.is_floating_point():
-            raise wrong(f"'{n}' is of {value.dtype}, not floating point")
-        if not bool((value.isfinite() | (value.isnan() & metric.holes)).all()):
-            raise wrong(f"'{n}' is not finite")
+            wrong = f"'{n}' is of {value.dtype}, not floating point"
+        elif not bool((value.isfinite() | (value.isnan() & metric.holes)).all()):
+            wrong = f"'{n}' is not finite"
+    if wrong:
+        raise MetricError(f"metric '{metric.name}': {wrong}, on {label}")
 
 
-def _check_summary(metric: Metric) -> None:
-    """`summarize` on made-up images of three classes, with all that a dataset can offer."""
-    import xarray as xr
-
-    def wrong(what: str) -> MetricError:
-        return MetricError(f"metric '{metric.name}': {what}")
-
-    made = _guarded(f"metric '{metric.name}'", "summarize", metric.summarize, _made_up(metric))
-    if not isinstance(made, xr.Dataset):
-        raise wrong(f"'summarize' returned {type(made).__name__}, not an xarray.Dataset")
-    if metric.name not in made or made[metric.name].dims[:1] != ("layer",):
-        raise wrong(f"'summarize' gives no '{metric.name}' whose first axis is 'layer'")
-    if f"{metric.name}_curve" in made and made[f"{metric.name}_curve"].dims != ("layer",):
-        raise wrong(f"'{metric.name}_curve' is not one number per layer")
+def _check_summary(metric: Metric, result: Any) -> None:
+    """Whether a result can be told, drawn and stored."""
+    if wrong := wrong_summary(metric.name, result):
+        raise MetricError(f"metric '{metric.name}': {wrong}")
+    with tempfile.TemporaryDirectory() as folder:
+        write_result(Path(folder) / f"{metric.name}.nc", result)
 
 
 def _made_up(metric: Metric) -> Traces:
@@ -282,8 +210,6 @@ def _made_up(metric: Metric) -> Traces:
 
 
 def _check_probe(metric: Metric) -> None:
-    import xarray as xr
-
     from probekit.api import probe
 
     images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(2))
@@ -291,10 +217,7 @@ def _check_probe(metric: Metric) -> None:
         _guarded(f"metric '{metric.name}'", "be run by probekit.probe", _probed, probe, metric, images, size)
         for size in (4, 1)
     )
-    if not isinstance(whole, xr.Dataset):
-        raise MetricError(
-            f"metric '{metric.name}': 'summarize' returned {type(whole).__name__}, not an xarray.Dataset"
-        )
+    _check_summary(metric, whole)
     if type(metric).summarize is Metric.summarize:
         for n, axes in metric.dims.items():
             if whole[n].dims != ("layer", *axes):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -13,10 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from probekit.attention import exact_float32
+from probekit.attention import AttentionStats, exact_float32
+from probekit.contract import described, wrong_rows, wrong_values
 from probekit.errors import DataError, DoesNotApply, MetricError, ProbekitError, UsageError
-from probekit.layer import Layer
+from probekit.layer import Layer, Scores
 from probekit.metric import Metric, Row
+from probekit.plugins.loading import in_words
 from probekit.watch import Visitor
 
 if TYPE_CHECKING:
@@ -37,7 +39,14 @@ class Failure:
         """Of an exception that is being handled. who: what raised it, if it isn't one of ours"""
         if isinstance(error, ProbekitError):
             return cls(f"{error.message}; {error.hint}" if error.hint else error.message)
-        return cls(f"{who} raised {type(error).__name__}: {error}", traceback.format_exc())
+        return cls(f"{who} raised {type(error).__name__}: {in_words(str, error)}", traceback.format_exc())
+
+
+class _Spoiled(BaseException):
+    """A metric wrote into what the model and the others go on with: the forward pass is of no use.
+
+    No `Exception`: the model's own code is between who raises it and who catches it.
+    """
 
 
 @dataclass
@@ -56,8 +65,9 @@ class Collector:
     failure: Failure | None = None
     reasons: dict[str, str] = field(default_factory=dict)
     chosen: Sequence[int] | None = None
-    _described: dict[str, Mapping[str, Any]] = field(default_factory=dict)
+    _described: dict[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
     _values: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    _sizes: dict[str, tuple[int, ...]] = field(default_factory=dict)  # of the axes, the same in every batch
 
     @property
     def of_output(self) -> bool:
@@ -90,52 +100,51 @@ class Collector:
             return
         if self.chosen is not None and len(self.chosen) < layer.batch:
             layer = layer.pick(self.chosen)
+        shared: list[tuple[str, Tensor, int]] = []
         try:
-            views = (
-                [layer] if self.metric.windows == "own" or "tokens" in self.metric.needs else layer.windows()
-            )
             with exact_float32(layer._device):  # the forward around this may run in bfloat16
+                own = self.metric.windows == "own" or "tokens" in self.metric.needs
+                views = [layer] if own else layer.windows()
+                shared = _shared([layer, *views], self.metric.needs)
                 if label not in self._described:
-                    self._described[label] = _described(self.metric, views)
+                    self._describe(label, views)
                 self._values[label] = self._measured(views, layer)
         except DoesNotApply as reason:
             self.reasons[label] = reason.message
         except ProbekitError as error:
             self.failure = Failure(f"{error.message} (at '{label}')")
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, KeyboardInterrupt):
             raise
-        except (Exception, SystemExit) as error:
-            text = f"it raised {type(error).__name__} at '{label}': {error}"
+        except BaseException as error:  # sys.exit too: others are measured in this pass
+            text = f"it raised {type(error).__name__} at '{label}': {in_words(str, error)}"
             self.failure = Failure(text, traceback.format_exc())
+        if written := [name for name, tensor, before in shared if tensor._version != before]:
+            # q, k and v may be parts of one tensor, all written to if one is
+            field = next((name for name in written if name in self.metric.needs), written[0])
+            what = f"it changed the layer's '{field}' in place at '{label}'; the model and other metrics"
+            self.failure = Failure(f"{what} go on with it, so write on a copy: '.clone()'")
+            raise _Spoiled
+
+    def _describe(self, label: str, views: Sequence[Layer]) -> None:
+        found = _described(self.metric, views)
+        for before in self._described.values():
+            for name in found.keys() & before.keys():
+                if found[name].ndim != before[name].ndim:
+                    said = f"{found[name].ndim} axes, at another layer with {before[name].ndim}"
+                    raise MetricError(f"'describe' gives '{name}' with {said}")
+        self._described[label] = found
 
     def _measured(self, views: Sequence[Layer], layer: Layer) -> dict[str, Tensor]:
         total: dict[str, Tensor] = {}
         for view in views:
             values = self.metric.measure(view)
-            self._check(values, view)
+            if wrong := wrong_values(self.metric, values, view):
+                raise MetricError(wrong)
             for name, value in values.items():
                 if view is not layer:
                     value = view.unfold(value.float()).mean(1) * view.window_share
                 total[name] = total[name] + value if name in total else value
         return total
-
-    def _check(self, values: Any, layer: Layer) -> None:
-        dims = self.metric.dims
-        if not isinstance(values, Mapping) or set(values) != set(dims):
-            got = sorted(values) if isinstance(values, Mapping) else type(values).__name__
-            raise MetricError(f"'measure' returned {got}, but 'dims' declares {sorted(dims)}")
-        for name, value in values.items():
-            if not isinstance(value, Tensor):
-                raise MetricError(f"'measure' returned a {type(value).__name__} for '{name}', not a tensor")
-            if value.dim() != 1 + len(dims[name]) or len(value) != layer.batch:
-                axes = ", ".join(("image", *dims[name]))
-                raise MetricError(
-                    f"'{name}' has shape {tuple(value.shape)} for {layer.batch} images; 'dims' says ({axes})"
-                )
-            if "head" in dims[name] and value.shape[1 + dims[name].index("head")] != layer.heads:
-                raise MetricError(
-                    f"'{name}' has shape {tuple(value.shape)}, but the layer has {layer.heads} heads"
-                )
 
     def take(self, batch: int) -> dict[str, np.ndarray]:
         """This batch's values, ``{name: (batch, rows, *dims)}`` float32, NaN where a row has none."""
@@ -155,19 +164,48 @@ class Collector:
                     what = "NaN" if np.isnan(array[wrong]).any() else "infinity"
                     self.failure = Failure(f"'{name}' is {what} at '{row.label}'")
             found[name] = np.moveaxis(_stack(arrays, (batch, *(0,) * len(self.metric.dims[name]))), 0, 1)
+            now = found[name].shape[1:]
+            if self._values and (before := self._sizes.setdefault(name, now)) != now:
+                text = f"'{name}' has {before} values (layers, *axes) in one batch and {now} in another"
+                self.failure = self.failure or Failure(text)
         self._values.clear()
         return found
 
 
-def _described(metric: Metric, views: Sequence[Layer]) -> dict[str, Any]:
+def _described(metric: Metric, views: Sequence[Layer]) -> dict[str, np.ndarray]:
     """`describe` of a layer; of a windowed one, the mean over its windows."""
-    found = [dict(metric.describe(view)) for view in views]
+    found = []
+    for view in views:
+        arrays, wrong = described(metric.describe(view))
+        if wrong:
+            raise MetricError(wrong)
+        found.append(arrays)
     if len(found) == 1:
         return found[0]
     shares = [view.window_share for view in views]
-    return {
-        n: sum(np.asarray(d[n]) * share for d, share in zip(found, shares, strict=True)) for n in found[0]
-    }
+    return {n: sum(d[n] * share for d, share in zip(found, shares, strict=True)) for n in found[0]}
+
+
+_KEPT = ("attention", "attention_full", "attention_stats", "distances", "prefix_mass")
+
+
+def _shared(layers: Sequence[Layer], needs: Iterable[str]) -> list[tuple[str, Tensor, int]]:
+    """Tensors that the model or other metrics go on with: name, tensor, how often it was written to.
+
+    What a layer computes once for all metrics is computed here if it is needed, so that the first to read it
+    isn't the first to write on it unseen.
+    """
+    found = []
+    for layer in layers:
+        for name in set(_KEPT).intersection(needs):
+            with suppress(Exception):  # the metric gets it too, where it reads the field
+                getattr(layer, name)
+        kept = {name: vars(layer)[name] for name in _KEPT if name in vars(layer)}
+        for name, value in {**layer.captured, **kept}.items():
+            parts = vars(value).values() if isinstance(value, (Scores, AttentionStats)) else [value]
+            tensors = [t for t in parts if isinstance(t, Tensor) and not t.is_inference()]
+            found += [(name, t, t._version) for t in tensors]
+    return found
 
 
 def _stack(values: Sequence[Any], empty: tuple[int, ...] = ()) -> np.ndarray:
@@ -246,12 +284,23 @@ def measure_batch(
     counts = [len(pixels)] * len(collectors) if chosen is None else [len(one) for one in chosen]
     for number, c in enumerate(collectors):
         c.chosen = None if chosen is None else chosen[number]
-    visiting = [c for c, n in zip(collectors, counts, strict=True) if c.failure is None and n]
-    out = source.run(pixels, [c.visitor for c in visiting if not c.of_output])
-    for c in visiting:
-        if c.of_output:
-            c._visit(source.output_layer(out, len(pixels)))
+    whole = False
+    while not whole:
+        visiting = [c for c, n in zip(collectors, counts, strict=True) if c.failure is None and n]
+        whole = _forwarded(source, pixels, visiting)
     return [c.take(n) for c, n in zip(collectors, counts, strict=True)]
+
+
+def _forwarded(source: Source, pixels: Tensor, visiting: Sequence[Collector]) -> bool:
+    """Show a batch to the collectors. Whether to the end: else one of them spoiled it, and has failed."""
+    try:
+        out = source.run(pixels, [c.visitor for c in visiting if not c.of_output])
+        for c in visiting:
+            if c.of_output:
+                c._visit(source.output_layer(out, len(pixels)))
+    except _Spoiled:
+        return False
+    return True
 
 
 def collector(metric: Metric, source: Source) -> Collector:
@@ -262,9 +311,13 @@ def collector(metric: Metric, source: Source) -> Collector:
     every = axis()
     try:
         made.rows = list(metric.rows(every))
+        if wrong := wrong_rows(made.rows, every):
+            raise MetricError(wrong)
         made.visitor.captures  # noqa: B018  says so where a layer has no such field
     except DoesNotApply as reason:
         made.reasons[""] = reason.message
-    except Exception as error:
-        made.failure = Failure.of(error, "'rows'")
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        made.rows, made.failure = [], Failure.of(error, "'rows'")
     return made

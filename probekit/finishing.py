@@ -9,11 +9,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from probekit.errors import DoesNotApply, ProbekitError
+from probekit.contract import wrong_summary
+from probekit.errors import DoesNotApply, MetricError, ProbekitError
 from probekit.events import Event, Listener
 from probekit.metric import Metric, Traces
 from probekit.passes import tag_of
 from probekit.plugins.catalog import Entry
+from probekit.plugins.loading import in_words
 from probekit.store.cells import CellFolder, Outcome, TraceFolder, identity_hash
 from probekit.store.results import write_result
 from probekit.store.runfolder import Run, shard_size
@@ -33,8 +35,13 @@ def store_result(
     """Seal a metric's result with where it comes from.
 
     about: what the cell's file says; traced: the metric whose traces it was made from
+
+    Raises `MetricError` for a result that can't be told or stored.
     """
     source, measured = traced
+    if wrong := wrong_summary(entry.name, result):
+        raise MetricError(f"metric '{entry.qualified}': {wrong}")
+    result.attrs.setdefault("metric", entry.name)
     result.attrs.update(
         source=str(source.ref),
         source_version=measured.version,
@@ -70,8 +77,10 @@ def contained(make: Callable[[], Outcome], who: str = "'summarize'") -> Outcome:
         if not error.contained:
             raise
         return Outcome("failed", error.message, error.hint or "")
-    except (Exception, SystemExit) as error:
-        text = f"{who} raised {type(error).__name__}: {error}"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        text = f"{who} raised {type(error).__name__}: {in_words(str, error)}"
         return Outcome("failed", text, "", traceback.format_exc())
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from probekit.contract import wrong_declaration
 from probekit.errors import MetricError, PluginError, ProbekitError
 from probekit.metric import Metric
 from probekit.passes import Measurement, tag_of
 from probekit.plugins.catalog import Catalog, Entry
+from probekit.plugins.loading import in_words
 from probekit.store.cells import identity_hash
 
 
@@ -71,14 +73,25 @@ def choose_metrics(entries: Sequence[Entry], catalog: Catalog) -> list[Chosen]:
     found = []
     for entry in entries:
         try:
-            metric, source = make_metric(entry, catalog), None
-            if metric.source:
-                where = catalog.metric(metric.source)
-                source = where, make_metric(where, catalog)
+            metric = make_metric(entry, catalog)
+            source = _source(entry, metric.source, catalog) if metric.source else None
         except (MetricError, PluginError) as error:
             metric, source = _Broken(error), None
         found.append(Chosen(entry, metric, source))
     return found
+
+
+def _source(entry: Entry, named: str, catalog: Catalog) -> tuple[Entry, Metric]:
+    """The metric whose traces `entry` takes. That its author names it wrongly is no mistake of the user's."""
+    who = f"metric '{entry.name}' of '{entry.pack}' draws on '{named}', which"
+    try:
+        where = catalog.metric(named)
+        metric = make_metric(where, catalog)
+    except ProbekitError as error:
+        raise MetricError(f"{who} can't be used: {error.message}", hint=error.hint) from error
+    if metric.source:
+        raise MetricError(f"{who} measures nothing itself", hint=f"source = '{metric.source}'")
+    return where, metric
 
 
 class _Broken(Metric):
@@ -97,21 +110,17 @@ class _Broken(Metric):
 def make_metric(entry: Entry, catalog: Catalog) -> Metric:
     """The metric an entry names, with its options. Raises `PluginError`, `MetricError` or `UsageError`."""
     made = catalog.resolve_target(entry)
+    hint = f"`probekit plugins check {entry.pack}` shows all that is wrong"
     try:
         metric = made(**entry.options)
-        complete = bool(hasattr(metric, "name") and hasattr(metric, "measure")) and (
-            bool(metric.source) or bool(metric.needs and metric.dims)
-        )
-    except ProbekitError:
+        wrong = wrong_declaration(metric)
+    except (ProbekitError, KeyboardInterrupt):
         raise
-    except (Exception, SystemExit) as error:
-        raise MetricError(
-            f"metric '{entry.qualified}' can't be made: {type(error).__name__}: {error}",
-            hint=f"`probekit plugins check {entry.pack}` shows all that is wrong",
-        ) from error
-    if not complete:
-        raise MetricError(
-            f"metric '{entry.qualified}' lacks one of 'name', 'needs', 'dims' and 'measure'",
-            hint="a metric measures something itself, or names a 'source'",
-        )
+    except BaseException as error:
+        text = f"{type(error).__name__}: {in_words(str, error)}"
+        raise MetricError(f"metric '{entry.qualified}' can't be made: {text}", hint=hint) from error
+    if not wrong and metric.name != entry.name:
+        wrong = f"its class calls itself '{metric.name}'"
+    if wrong:
+        raise MetricError(f"metric '{entry.qualified}': {wrong}", hint=hint)
     return metric

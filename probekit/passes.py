@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from probekit.contract import wrong_sample
 from probekit.engine import Collector, collector, measure_batch, within_memory
+from probekit.errors import MetricError
 from probekit.events import Event, Listener
 from probekit.metric import Metric, Traces
 from probekit.plugins.catalog import Entry, source_of
@@ -53,6 +55,8 @@ def measurement(
     """A metric's traces under a view. `identity` is the cell's, `subject` shows the view's images."""
     ids, labels = subject.listed()
     sample = metric.sample(len(ids), labels)
+    if sample is not None and (wrong := wrong_sample(sample, len(ids))):
+        raise MetricError(f"metric '{entry.qualified}': {wrong}")
     tag = {"cell": identity_hash(identity), **tag_of(entry, metric)}
     if view.name != MEASURED:
         tag["view"] = view.name

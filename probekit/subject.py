@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from probekit.anatomy import Anatomy
 from probekit.datasets import images as image_loading
-from probekit.datasets.dataset import BadImage, Dataset, select
+from probekit.datasets.dataset import BadImage, Dataset, fingerprint_of, select
 from probekit.engine import numerics, within_memory
 from probekit.errors import DataError, DoesNotApply, PluginError, WatchError
 from probekit.events import Event, Listener
@@ -188,7 +188,7 @@ class Live:
         split = self.shown.split
         if split not in self._fingerprints:
             with blamed(f"dataset '{self.dataset.name}'"):
-                self._fingerprints[split] = self.dataset.fingerprint(self.indices)
+                self._fingerprints[split] = fingerprint_of(self.dataset, self.indices)
         return {
             "model": self.model_name,
             "weights": self.model.weights.sha256,
@@ -304,13 +304,8 @@ class Live:
             raise DataError(f"no image of dataset '{self.dataset_name}' can be read")
         with within_memory(self.device):
             pixels = torch.stack(found).to(self.device)
-            watcher = Watcher(
-                self.model.module.to(self.device),
-                pixels,
-                forward=self.model.forward,
-                declared_parts=self.model.declared.parts if self.model.declared else None,
-                allow_unwatched=self.grid.allow_unwatched,
-            )
+            self.model.module.to(self.device)
+        watcher = watched(self.model, pixels, allow_unwatched=self.grid.allow_unwatched)
         check_spec(self.model.spec, watcher.anatomy)
         for warning in watcher.anatomy.warnings:
             self.listen(Event("warning", self.model_name, self.dataset_name, text=warning))
@@ -356,6 +351,21 @@ class Live:
             "device": device_name(self.device),
             "versions": versions(),
         }
+
+
+def watched(model: Model, pixels: Tensor, *, allow_unwatched: bool = False) -> Watcher:
+    """A model watched on a batch of its device.
+
+    Raises `WatchError`; `PluginError` for a model whose code fails, `DataError` where memory is too small.
+    """
+    with blamed(f"model {model.who}"), within_memory(pixels.device):
+        return Watcher(
+            model.module,
+            pixels,
+            forward=model.run,
+            declared_parts=model.declared.parts if model.declared else None,
+            allow_unwatched=allow_unwatched,
+        )
 
 
 def check_spec(spec: ModelSpec | None, anatomy: Anatomy) -> None:

@@ -342,6 +342,41 @@ def test_inspect(cli):
     assert max(len(line) for line in out.splitlines()) <= 110
 
 
+FAILING = """
+import sys
+from probekit import Model
+from torch import nn
+
+def fails(): return Model(nn.Linear(2, 2), forward=lambda module, images: 1 / 0)
+def leaves(): return Model(nn.Linear(2, 2), forward=lambda module, images: sys.exit(0))
+def exits(): sys.exit(0)
+def text(): return Model(nn.Linear(2, 2), preprocessing="imagenet")
+"""
+
+
+@pytest.mark.parametrize(
+    ("builder", "said"),
+    [
+        ("fails", "raised ZeroDivisionError: division by zero (failing.py, line 6)"),
+        ("leaves", "raised SystemExit: 0"),
+        ("exits", "failed to build: SystemExit: 0"),
+        ("text", "has a 'str' as its 'preprocessing'"),
+    ],
+)
+def test_a_model_whose_code_fails_is_one_sentence_for_every_command(cli, photos, tmp_path, builder, said):
+    (tmp_path / "failing.py").write_text(FAILING)
+    model = f"{tmp_path / 'failing.py'}:{builder}@random"
+    images = ["--dataset", f"folder:{photos}", "--limit", 2, "--out"]
+    for words in (
+        ["inspect", model],
+        ["capture", model, *images, tmp_path / "c"],
+        ["run", "--model", model, "--metrics", "nmi", *images, tmp_path / "r"],
+    ):
+        code, _, err = cli(*words)
+        assert code == 3 and "Traceback" not in err
+        assert f"'{model}'" in err and said in " ".join(err.split())
+
+
 def test_doctor(cli):
     code, out, _ = cli("doctor", "--json")
     said = {c["check"]: c for c in json.loads(out)}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from probekit.datasets.dataset import BadImage, Dataset
+import probekit
+from probekit.datasets.dataset import BadImage, Dataset, fingerprint_of
 from probekit.errors import PluginError
 from probekit.plugins.catalog import Catalog
 from probekit.subject import open_dataset
@@ -20,7 +21,7 @@ PROBEKIT_API = 1
 @hookimpl
 def probekit_datasets():
     return [DatasetSpec(name=name, summary="s", argument="[WHAT]", target=f"mine:{name}")
-            for name in ("raises", "none", "listed", "exits", "bare", "named", "image", "good")]
+            for name in ("blind", "raises", "none", "listed", "exits", "bare", "named", "image", "good")]
 class Greys(Dataset):
     name = "greys"
     ids = ["a", "b"]
@@ -33,6 +34,9 @@ class Greys(Dataset):
         image = Image.new("RGB", (32, 32), (32 * index,) * 3)
         return np.asarray(image) if self.argument == "array" else image
 image = good = named = Greys
+class Blind(Greys):
+    def fingerprint(self, indices): return None
+blind = Blind
 def raises(argument): raise RuntimeError("no\\nway")
 def none(argument): pass
 def listed(argument): return [1]
@@ -84,6 +88,80 @@ def test_images_that_are_wrong_fail_their_cell_and_leave_the_others(
         *words, "--dataset", f"image:{argument}", "--dataset", "good", "--out", tmp_path / "both"
     )
     assert code == 1 and "1 cell failed" in out and "1 cell done" in out
+
+
+def test_a_dataset_that_cannot_be_opened_fails_its_cells_alone(cli, tmp_path, plugin, tiny):
+    words = ["run", "--no-plugins", "--plugin", plugin, "--model", tiny, "--metrics", "nmi"]
+    code, out, err = cli(*words, "--dataset", "raises", "--dataset", "good", "--out", tmp_path / "both")
+    assert code == 1 and "1 cell failed" in out and "1 cell done" in out
+    assert "dataset 'raises' of 'mine' failed: RuntimeError: no way (mine.py" in err
+    outcome = next(c.outcome for c in probekit.open(tmp_path / "both").cells() if c.dataset == "raises")
+    assert "dataset 'raises' of 'mine' failed" in outcome.reason and "in raises" in outcome.details
+    code, _, err = cli(*words, "--dataset", "blind", "--out", tmp_path / "blind")
+    assert code == 3 and "dataset 'greys' gave a 'NoneType' as its fingerprint" in err
+    for wrong, expected in ((f"folder:{tmp_path}/none", 4), ("unheard-of", 2)):  # the user's own mistakes
+        code, _, err = cli(*words, "--dataset", wrong, "--dataset", "good", "--out", tmp_path / "refused")
+        assert code == expected and "error: " in err and not (tmp_path / "refused").exists()
+
+
+class Parts(Dataset):
+    """Two images, and whatever is wrong with the rest of it."""
+
+    def __init__(self, **parts: object):
+        self.name, self.ids, self.labels, self.classes = "parts", ["a", "b"], [0, 1], ["x", "y"]
+        self.__dict__.update(parts)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (8, 8), (self.labels[index],) * 3)
+
+
+class Long(Parts):
+    def __len__(self) -> int:
+        return 100
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (Parts(ids="ab"), "dataset 'parts' has a 'str' as its 'ids', not a list"),
+        (Parts(ids=iter(["a", "b"])), "dataset 'parts' has a 'list_iterator' as its 'ids', not a list"),
+        (Parts(ids=[1, 2]), "dataset 'parts' has ids that are not strings"),
+        (Long(), "dataset 'parts' has 2 ids but says it has 100 images"),
+        (Parts(labels=1), "dataset 'parts' has a 'int' as its 'labels', not a list"),
+        (Parts(classes="xy"), "dataset 'parts' has a 'str' as its 'classes', not a list"),
+        (Parts(classes=[0, 1]), "dataset 'parts' has classes that are not strings"),
+        (Parts(classes={0: "x", 1: "y"}), "dataset 'parts' has a 'dict' as its 'classes', not a list"),
+        (Parts(notes="one"), "dataset 'parts' has a 'str' as its 'notes', not a list"),
+        (Parts(cues=["shape"]), "dataset 'parts' has a 'list' as its 'cues', not class numbers by cue"),
+        (Parts(train=Parts()), "dataset 'parts' has image 'a' in its train split too"),
+    ],
+)
+def test_parts_of_the_wrong_kind_are_named(data, said):
+    with pytest.raises(PluginError) as caught:
+        data.check()
+    assert caught.value.message == said
+
+
+def test_a_train_split_is_another_dataset():
+    data = Parts()
+    data.train = data
+    with pytest.raises(PluginError, match="dataset 'parts' is its own train split"):
+        data.check()
+    Parts(train=Parts(labels=[1, 0])).check()  # named alike, other images
+    Parts(labels=np.array([0, 1]), classes=("x", "y")).check()
+
+
+@pytest.mark.parametrize(
+    ("given", "said"), [(None, "a 'NoneType'"), (b"b", "a 'bytes'"), ("", "an empty text")]
+)
+def test_a_fingerprint_that_cannot_change_is_refused(given, said):
+    class Blind(Parts):
+        def fingerprint(self, indices):
+            return given
+
+    with pytest.raises(PluginError, match=f"dataset 'parts' gave {said} as its fingerprint"):
+        fingerprint_of(Blind(), [0])
+    assert len(fingerprint_of(Parts(), [0])) == 32
 
 
 class Own(Dataset):

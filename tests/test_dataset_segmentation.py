@@ -11,7 +11,7 @@ from PIL import Image
 from probekit.datasets.dataset import BadImage
 from probekit.datasets.images import masks
 from probekit.datasets.segmentation import load
-from probekit.errors import DataError
+from probekit.errors import DataError, PluginError
 from probekit.specs import Preprocessing
 
 
@@ -21,7 +21,9 @@ def write(path: Path, values: np.ndarray, mode: str | None = None) -> None:
     (image if mode is None else image.convert(mode)).save(path)
 
 
-def picture(seed: int) -> np.ndarray:
+def picture(seed: int, split: str = "") -> np.ndarray:
+    """No image is in two splits, though their names are."""
+    seed += 100 * split.startswith("train")
     return np.random.default_rng(seed).integers(0, 256, (12, 16, 3))
 
 
@@ -32,7 +34,7 @@ def classes(seed: int, low: int = 0, high: int = 150) -> np.ndarray:
 def ade(root: Path) -> Path:
     for split, count in (("training", 3), ("validation", 2)):
         for k in range(count):
-            write(root / "images" / split / f"ADE_{k}.jpg", picture(k))
+            write(root / "images" / split / f"ADE_{k}.jpg", picture(k, split))
             write(root / "annotations" / split / f"ADE_{k}.png", classes(k))
     return root
 
@@ -40,7 +42,7 @@ def ade(root: Path) -> Path:
 def simple(root: Path, *splits: str) -> Path:
     for k in range(3):
         for split in splits or ("",):
-            write(root / "images" / split / f"{k}.png", picture(k))
+            write(root / "images" / split / f"{k}.png", picture(k, split))
             write(root / "masks" / split / f"{k}.png", classes(k, 0, 5))
     return root
 
@@ -74,7 +76,14 @@ def test_images_and_masks(tmp_path: Path, splits: tuple[str, ...]) -> None:
     assert data.classes is None
     assert np.array_equal(np.asarray(data.mask(2)), classes(2, 0, 5))
     if data.train:
-        assert data.train.fingerprint(range(3)) == data.fingerprint(range(3))  # the same files here
+        assert data.train.ids == data.ids and data.train.fingerprint([0]) != data.fingerprint([0])
+
+
+def test_an_image_in_both_splits_is_refused(tmp_path: Path) -> None:
+    simple(tmp_path, "train", "val")
+    write(tmp_path / "images" / "train" / "0.png", picture(0))
+    with pytest.raises(PluginError, match=r"has image '0\.png' in its train split too"):
+        load(str(tmp_path)).check()
 
 
 def test_palettes_and_255(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,6 +38,8 @@ def build(variant, *, flavour="plain", image_size=None):
     net = Net(image_size or (8, 8))
     if variant == "broken":
         raise ZeroDivisionError("as asked")
+    if variant == "leaves":
+        raise SystemExit(2)
     if variant == "double":
         return Model(net.double(), preprocessing=Preprocessing(size=(32, 32)))
     return "nothing" if variant == "wrong" else net
@@ -135,6 +138,45 @@ def test_builders_that_fail_are_named_with_their_pack():
         load_model("toy", Fake(spec("broken"), weights="random"))
     with pytest.raises(PluginError, match=r"pack 'toys 1.2' returned a 'str'"):
         load_model("toy", Fake(spec("wrong"), weights="random"))
+
+    with pytest.raises(PluginError, match=r"of pack 'toys 1.2' failed to build: SystemExit: 2"):
+        load_model("toy", Fake(spec("leaves"), weights="random"))
+
+
+@pytest.mark.parametrize(
+    ("part", "value", "needed"),
+    [
+        ("preprocessing", "imagenet", "a probekit.Preprocessing"),
+        ("forward", 3, "a function"),
+        ("declared", {"decoder": "decoder"}, "a probekit.Declared"),
+        ("weights", "w.pth", "a probekit.WeightsIdentity"),
+        ("module", "net", "an nn.Module"),
+    ],
+)
+def test_parts_of_a_model_that_are_something_else_are_named(part, value, needed):
+    def build(variant, image_size=None):
+        return replace(Model(Net()), **{part: value})
+
+    given = type(value).__name__
+    with pytest.raises(PluginError, match=f"model 'toy' of pack 'toys' has a '{given}' as its '{part}'") as e:
+        load_entry(spec(), build, weights="random", name="toy", pack="toys")
+    assert needed in e.value.hint
+
+
+def test_a_forward_pass_that_fails_is_named_with_its_pack():
+    def fails(error):
+        def forward(module, images):
+            raise error
+
+        return Model(Net(), forward=forward, name="toy", pack="toys 1.2")
+
+    said = r"the forward pass of 'toy' of pack 'toys 1.2' raised "
+    for error in (ZeroDivisionError("as asked"), SystemExit(2)):
+        with pytest.raises(PluginError, match=said + type(error).__name__):
+            fails(error)(None)
+    for error in (MemoryError(), torch.OutOfMemoryError("of the device"), WeightsError("ours")):
+        with pytest.raises(type(error)):
+            fails(error)(None)
 
 
 def test_float32_and_the_models_own_preprocessing():
@@ -488,6 +530,50 @@ def test_what_is_no_vision_model_or_no_model(tmp_path):
     with pytest.raises(WeightsError):
         huggingface.build(str(remote), weights="random")
     assert not Path(tmp_path / "ran").exists()
+
+
+def test_of_a_model_of_images_and_text_the_vision_tower_is_taken(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    text |= {"vocab_size": 50, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    images = torch.randn(2, 3, 32, 32)
+    for name in ("CLIP", "Siglip"):
+        folder = tmp_path / name
+        config = getattr(transformers, f"{name}Config")(vision_config=TINY, text_config=text)
+        both = getattr(transformers, f"{name}Model")(config).eval()
+        both.save_pretrained(folder)
+        for weights in ("published", folder / "model.safetensors"):
+            model = huggingface.build(str(folder), weights=weights)
+            model.module.eval()
+            with torch.inference_mode():
+                expected = both.vision_model(images).last_hidden_state
+                torch.testing.assert_close(model(images).last_hidden_state, expected, rtol=0, atol=1e-6)
+        random = huggingface.build(str(folder), weights="random")
+        assert type(random.module).__name__ == f"{name}VisionModel"
+        assert random.preprocessing.size == (32, 32)
+    state = {key: value for key, value in both.state_dict().items() if "layer_norm1" not in key}
+    torch.save(state | {"strange": torch.zeros(1)}, tmp_path / "cut.pth")
+    with pytest.raises(WeightsError, match="doesn't fit the model of its config: keys 4 missing"):
+        huggingface.build(str(folder), weights=tmp_path / "cut.pth")
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "text"),
+    [
+        ("BlipConfig", {}, "is a 'blip', whose vision tower transformers can't build alone"),
+        ("VideoMAEConfig", TINY | {"num_frames": 4}, "is a 'VideoMAEModel', which takes videos, no images"),
+        (
+            "Siglip2VisionConfig",
+            {key: value for key, value in TINY.items() if key != "image_size"},
+            "needs 'pixel_attention_mask' beside the images",
+        ),
+    ],
+)
+def test_what_takes_more_than_images_is_refused(config, options, text, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    getattr(transformers, config)(**options).save_pretrained(tmp_path)
+    with pytest.raises(UsageError, match=text):
+        huggingface.build(str(tmp_path), weights="random")
 
 
 def test_without_transformers_the_message_says_what_to_install(monkeypatch):

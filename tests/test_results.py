@@ -12,7 +12,7 @@ import xarray as xr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from probekit.errors import StoreError
+from probekit.errors import MetricError, StoreError
 from probekit.store import results
 from probekit.store.results import read_result, verify_result, write_result
 from probekit.store.sealing import Damaged, Missing, NewerFormat
@@ -143,6 +143,7 @@ def test_plain_tools_open_it(tmp_path):
         (xr.Dataset({"a/b": ("x", [1.0])}), "'a/b' can't name a variable"),
         (xr.Dataset({"a": ("x/y", [1.0])}), "'x/y' can't name a variable"),
         (xr.Dataset({1: ("x", [1.0])}), "'1' can't name"),
+        (xr.Dataset({"..": ("x", [1.0])}), "'..' can't name"),
         (xr.Dataset({"a": ("x", np.array(["2020"], "datetime64[s]"))}), "variable 'a' has dtype datetime64"),
         (xr.Dataset({"a": ("x", np.array([1j]))}), "variable 'a' has dtype complex128"),
         (xr.Dataset({"a": ("x", np.array([None], object))}), "variable 'a' has dtype object"),
@@ -155,7 +156,7 @@ def test_plain_tools_open_it(tmp_path):
     ],
 )
 def test_what_netcdf_cannot_hold(tmp_path, ds, reason):
-    with pytest.raises(StoreError) as caught:
+    with pytest.raises(MetricError) as caught:  # the metric's fault, which no other one has to suffer
         write_result(tmp_path / "x.nc", ds)
     assert reason in caught.value.message
     assert str(tmp_path / "x.nc") in caught.value.message

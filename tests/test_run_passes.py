@@ -139,12 +139,18 @@ class Holes(Metric):
 class Masks(Metric):
     name, source, requires = "masks", "features", frozenset({"masks"})
 
+    def summarize(self, traces):
+        raise NotImplementedError
+
 
 class NoSample(Metric):
     name, needs, dims = "nosample", frozenset({"tokens_out"}), {"nosample": ()}
 
     def sample(self, count, labels):
         raise DoesNotApply("three classes are needed, the dataset has 2")
+
+    def measure(self, layer):
+        raise NotImplementedError
 
 
 def _spec(name, cls):

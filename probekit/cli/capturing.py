@@ -52,9 +52,9 @@ def capture_command(
 
     \b
     Examples:
-      probekit capture moco:vit-b16@random --dataset folder:photos --out captures/moco --dry-run
-      probekit capture moco:vit-b16@random -d folder:photos -o captures/moco --sites attention,tokens_out
-      probekit capture simmim:vit-b16@random -d folder:photos -o captures/last --sites all --layers -1
+      probekit capture moco:vit-b16@random -d folder:photos -o moco --dry-run
+      probekit capture moco -d shapetex -o moco --sites attention,tokens_out
+      probekit capture simmim -d folder:photos -o last --sites all --layers -1
       probekit run --replay captures/moco --metrics nmi
     """
     from probekit.capturing.activations import parse_dtype, parse_layers, parse_sites

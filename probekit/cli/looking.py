@@ -41,28 +41,21 @@ def inspect_command(
     Examples:
       probekit inspect moco:vit-s16@random
       probekit inspect timm:swin_tiny_patch4_window7_224@random
-      probekit inspect timm:vit_small_patch16_224@random --image-size 224x448 --json
+      probekit inspect timm:vit_tiny_patch16_224@random --image-size 224x448
     """
     import torch
 
     from probekit.grid import parse_size
     from probekit.models.model import load_model
     from probekit.specs import Preprocessing
-    from probekit.subject import check_spec
-    from probekit.watch import Watcher
+    from probekit.subject import check_spec, watched
 
     size = parse_size(image_size) if image_size else None
     with json_alone(as_json):
         loaded = load_model(model, state.catalog(), image_size=size)
         preprocessing = loaded.preprocessing or Preprocessing()
         pixels = torch.randn(2, 3, *(size or preprocessing.size), generator=torch.Generator().manual_seed(0))
-        watcher = Watcher(
-            loaded.module,
-            pixels,
-            forward=loaded.forward,
-            declared_parts=loaded.declared.parts if loaded.declared else None,
-            allow_unwatched=allow_unwatched,
-        )
+        watcher = watched(loaded, pixels, allow_unwatched=allow_unwatched)
     anatomy = watcher.anatomy
     check_spec(loaded.spec, anatomy)
     if as_json:

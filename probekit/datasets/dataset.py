@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import operator
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import xxhash
@@ -19,6 +20,9 @@ BLOCKED_FORMATS = frozenset({"EPS", "WMF", "MPEG", "HDF5", "GRIB", "BUFR"})
 
 # What `Dataset.image` may raise for one bad image. Anything else is a fault of the dataset's own code.
 UNREADABLE = (DataError, OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+_APART = "a probe is trained on other images than it is scored on"
 
 
 class BadImage(DataError):
@@ -129,13 +133,19 @@ class Dataset:
             raise PluginError(f"dataset class {type(self).__name__!r} has no 'name'")
         if getattr(self, "ids", None) is None:
             raise PluginError(f"dataset {name!r} has no 'ids'")
-        ids = list(self.ids)
-        if not all(isinstance(id, str) for id in ids):
-            raise PluginError(f"dataset {name!r} has ids that are not strings")
+        ids = self._texts("ids", self.ids)
+        if len(self) != len(ids):
+            raise PluginError(f"dataset {name!r} has {len(ids)} ids but says it has {len(self)} images")
         if len(set(ids)) != len(ids):
             seen: set[str] = set()
             twice = next(id for id in ids if id in seen or seen.add(id))
             raise PluginError(f"dataset {name!r} has the id {twice!r} more than once")
+        if self.classes is not None:
+            self._texts("classes", self.classes)
+        self._texts("notes", self.notes)
+        if not isinstance(self.cues, Mapping):
+            given = type(self.cues).__name__
+            raise PluginError(f"dataset {name!r} has a {given!r} as its 'cues', not class numbers by cue")
         self._check_classes("label", self.labels)
         for cue, numbers in self.cues.items():
             self._check_classes(f"{cue} cue", numbers)
@@ -145,11 +155,39 @@ class Dataset:
             if not isinstance(self.train, Dataset):
                 given = type(self.train).__name__
                 raise PluginError(f"dataset {name!r} has a {given!r} as its train split, not a dataset")
+            if self.train is self:
+                raise PluginError(f"dataset {name!r} is its own train split", hint=_APART)
             self.train.check()
+            self._check_apart(self.train)
+
+    def _texts(self, what: str, values: Any) -> list[str]:
+        found = self._list(what, values)
+        if not all(isinstance(value, str) for value in found):
+            raise PluginError(f"dataset {self.name!r} has {what} that are not strings")
+        return found
+
+    def _list(self, what: str, values: Any) -> list[Any]:
+        """The values of a part that has to be a list: neither one text nor what can be read once only."""
+        with contextlib.suppress(TypeError):
+            if len(values) >= 0 and hasattr(values, "__getitem__") and not isinstance(values, str | Mapping):
+                return list(values)
+        given = type(values).__name__
+        raise PluginError(f"dataset {self.name!r} has a {given!r} as its {what!r}, not a list")
+
+    def _check_apart(self, train: Dataset) -> None:
+        """Raise where the first id that both have is one image. Splits may name different files alike."""
+        place = {id: index for index, id in enumerate(train.ids)}
+        shared = next((index for index, id in enumerate(self.ids) if id in place), None)
+        if shared is None:
+            return
+        id = self.ids[shared]
+        if fingerprint_of(self, [shared]) == fingerprint_of(train, [place[id]]):
+            raise PluginError(f"dataset {self.name!r} has image {id!r} in its train split too", hint=_APART)
 
     def _check_classes(self, what: str, numbers: Sequence[int] | None) -> None:
         if numbers is None:
             return
+        numbers = self._list(f"{what}s", numbers)
         if len(numbers) != len(self.ids):
             raise PluginError(
                 f"dataset {self.name!r} has {len(self.ids)} ids but {len(numbers)} {what}s",
@@ -183,6 +221,19 @@ def image_of(dataset: Dataset, index: int) -> Image.Image:
             hint="'image' returns a PIL.Image.Image",
         )
     return image
+
+
+def fingerprint_of(dataset: Dataset, indices: Sequence[int]) -> str:
+    """``dataset.fingerprint(indices)``. Raises `PluginError` for an answer that would be the same whatever
+    became of the images."""
+    found = dataset.fingerprint(indices)
+    if not isinstance(found, str) or not found:
+        given = "an empty text" if found == "" else f"a {type(found).__name__!r}"
+        raise PluginError(
+            f"dataset {dataset.name!r} gave {given} as its fingerprint",
+            hint="'fingerprint' returns a text that changes when the images do",
+        )
+    return found
 
 
 def fault(dataset: Dataset, index: int, error: BaseException, what: str = "") -> ProbekitError:

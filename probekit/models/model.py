@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from probekit.anatomy import Declared
 from probekit.errors import PluginError, ProbekitError, UsageError, WeightsError
 from probekit.models import candidates
 from probekit.models.checkpoints import Accounting, adopt, choose, landing
 from probekit.models.fetch import Progress, fetch_checked, sha256
 from probekit.models.weightfile import load
+from probekit.plugins.loading import blamed, describe
 from probekit.specs import Layout, ModelSpec, Preprocessing, Weights
 
 
@@ -45,24 +47,61 @@ class Model:
 
     forward:       ``forward(module, images)``, for a module that needs more than ``module(images)``
     preprocessing: how an image becomes its input; None where a module came from Python without any
-    declared:      geometry that can't be inferred, declared by a pack (`probekit.anatomy.Declared`)
+    declared:      geometry that can't be inferred, declared by a pack
     weights:       their identity; None until `load_model` has set it
     name:          the reference it was loaded by, "" for a module given from Python
     spec:          the catalog's entry, None without one
+    pack:          whose it is, with the version, for messages
     """
 
     module: nn.Module
     forward: Callable[[nn.Module, Tensor], Any] | None = None
     preprocessing: Preprocessing | None = None
-    declared: Any = None
+    declared: Declared | None = None
     weights: WeightsIdentity | None = None
     name: str = ""
     spec: ModelSpec | None = None
     accounting: Accounting | None = None
+    pack: str = ""
 
     def __call__(self, images: Tensor) -> Any:
         """One forward pass. images: (B, 3, H, W), normalised."""
-        return self.module(images) if self.forward is None else self.forward(self.module, images)
+        return self.run(self.module, images)
+
+    def run(self, module: nn.Module, images: Tensor) -> Any:
+        """A forward pass of `module`, which is this model's own or what is inside a wrapper of it.
+
+        What the author's code raises by mistake becomes a `PluginError` that names the model.
+        """
+        try:
+            return module(images) if self.forward is None else self.forward(module, images)
+        except (ProbekitError, MemoryError, torch.OutOfMemoryError):  # ours, or the machine's
+            raise
+        except (Exception, SystemExit) as error:
+            raise PluginError(
+                f"the forward pass of {self.who} raised {describe(error)}", hint="--debug shows where"
+            ) from error
+
+    @property
+    def who(self) -> str:
+        """For messages: ``'moco:vit-b16@random' of pack 'moco 0.1'``."""
+        return _who(self.name or type(self.module).__name__, self.pack)
+
+    def check(self) -> None:
+        """Raise `PluginError` where a part is not what it has to be."""
+        kinds = {"preprocessing": Preprocessing, "declared": Declared, "weights": WeightsIdentity}
+        fits = {
+            "module": isinstance(self.module, nn.Module),
+            "forward": self.forward is None or callable(self.forward),
+            **{part: isinstance(getattr(self, part), kind | None) for part, kind in kinds.items()},
+        }
+        if wrong := next((part for part, fit in fits.items() if not fit), None):
+            needed = {"module": "an nn.Module", "forward": "a function of module and images"}
+            needed |= {part: f"a probekit.{kind.__name__}" for part, kind in kinds.items()}
+            raise PluginError(
+                f"model {self.who} has a '{type(getattr(self, wrong)).__name__}' as its '{wrong}'",
+                hint=f"it has to be {needed[wrong]}",
+            )
 
 
 def state_sha256(module: nn.Module) -> str:
@@ -108,19 +147,25 @@ def load_model(
     Raises UsageError, PluginError (the builder failed) or WeightsError.
     """
     entry = catalog.model(ref)
-    return load_entry(
-        entry.spec,
-        catalog.resolve_target(entry),
-        variant=entry.variant,
-        options=entry.options,
-        weights=entry.ref.weights,
-        seed=seed,
-        image_size=image_size,
-        name=str(entry.ref),
-        pack=" ".join(part for part in (entry.pack, entry.version) if part),
-        own=not entry.pack,
-        progress=progress,
-    )
+    name, pack = str(entry.ref), " ".join(part for part in (entry.pack, entry.version) if part)
+    with blamed(f"model {_who(name, pack)}"):
+        return load_entry(
+            entry.spec,
+            catalog.resolve_target(entry),
+            variant=entry.variant,
+            options=entry.options,
+            weights=entry.ref.weights,
+            seed=seed,
+            image_size=image_size,
+            name=name,
+            pack=pack,
+            own=not entry.pack,
+            progress=progress,
+        )
+
+
+def _who(name: str, pack: str) -> str:
+    return f"'{name}' of pack '{pack}'" if pack else f"'{name}'"
 
 
 def load_entry(
@@ -146,7 +191,6 @@ def load_entry(
     """
     name = name or spec.full_name
     variant = spec.variant if variant is None else variant
-    who = f"'{name}' of pack '{pack}'" if pack else f"'{name}'"
     path, digest, source = _locate(spec, weights, name, own=own, progress=progress)
     arguments = dict(options or {})
     if not own or (image_size is not None and _takes(build, "image_size")):
@@ -158,7 +202,7 @@ def load_entry(
     if spec.loads_weights:
         arguments["weights"] = path or ("random" if weights == "random" else "published")
 
-    model = _built(build, () if own else (variant,), arguments, seed, who)
+    model = _built(build, () if own else (variant,), arguments, seed, name, pack)
     if place is not None:
         model.accounting = _load_own(model.module, path, name.partition("@")[0], place)
     elif path is not None and not spec.loads_weights:
@@ -172,7 +216,7 @@ def load_entry(
             kind = "bundled" if spec.weights and source == spec.weights.bundled else "file"
         model.weights = WeightsIdentity(kind, source, sha, str(model.accounting or ""))
     preprocessing = model.preprocessing or spec.preprocessing
-    return replace(model, preprocessing=_resized(preprocessing, image_size), name=name, spec=spec)
+    return replace(model, preprocessing=_resized(preprocessing, image_size), spec=spec)
 
 
 def _locate(
@@ -223,23 +267,28 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def _built(
-    build: Callable[..., Any], positional: tuple[str, ...], arguments: dict[str, Any], seed: int, who: str
+    build: Callable[..., Any],
+    positional: tuple[str, ...],
+    arguments: dict[str, Any],
+    seed: int,
+    name: str,
+    pack: str,
 ) -> Model:
+    who = _who(name, pack)
     try:
         with seeded(seed):
             built = build(*positional, **arguments)
     except (ProbekitError, MemoryError):
         raise
-    except Exception as error:
-        raise PluginError(
-            f"{who} failed to build: {type(error).__name__}: {error}", hint="`--debug` shows where"
-        ) from error
-    model = Model(built) if isinstance(built, nn.Module) else built
-    if not isinstance(model, Model) or not isinstance(model.module, nn.Module):
+    except (Exception, SystemExit) as error:
+        raise PluginError(f"{who} failed to build: {describe(error)}", hint="--debug shows where") from error
+    if not isinstance(built, nn.Module | Model):
         raise PluginError(
             f"the builder of {who} returned a '{type(built).__name__}'",
             hint="it has to return an nn.Module or a probekit.Model",
         )
+    model = replace(Model(built) if isinstance(built, nn.Module) else built, name=name, pack=pack)
+    model.check()
     return model
 
 

@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 import xxhash
 
-from probekit.errors import StoreError
+from probekit.errors import MetricError, StoreError
 from probekit.store.sealing import Damaged, Missing, NewerFormat, canonical_json, check_version, write_bytes
 
 FORMAT_VERSION = 1
@@ -39,8 +39,8 @@ def write_result(path: Path, ds: xr.Dataset) -> None:
     float16 is stored as float32: netCDF has no such type, and its C library crashes on one. A numpy array
     as an attribute comes back as a list.
 
-    Raises StoreError for what netCDF can't hold ("/" in a name, dates, objects), and where the file can't be
-    written.
+    Raises MetricError for what netCDF can't hold ("/" in a name, dates, objects): the metric's fault, not the
+    disk's. Raises StoreError where the file can't be written.
     """
     stored = _storable(Path(path), ds)
     # Built in memory: HDF5 crashes at exit when a file with variable-length strings meets a full disk.
@@ -48,7 +48,7 @@ def write_result(path: Path, ds: xr.Dataset) -> None:
     try:
         stored.to_netcdf(buffer, engine="h5netcdf")
     except (ValueError, TypeError, NotImplementedError, RuntimeError) as error:
-        raise StoreError(f"can't store result '{path}': {error}") from error
+        raise MetricError(f"can't store result '{path}': {error}") from error
     data = buffer.getvalue() + _MARK
     write_bytes(Path(path), data + xxhash.xxh3_128_digest(data))
 
@@ -109,8 +109,8 @@ def _storable(path: Path, ds: xr.Dataset) -> xr.Dataset:
     were merged would cut the longer strings of the others."""
     ds = ds.drop_encoding()
     for name in [*ds.variables, *ds.dims]:
-        if not isinstance(name, str) or not name or "/" in name:
-            raise StoreError(
+        if not isinstance(name, str) or not name.strip(".") or "/" in name:
+            raise MetricError(
                 f"can't store result '{path}': '{name}' can't name a variable or dimension",
                 hint="names are text without '/'; put layer names in a coordinate",
             )
@@ -122,7 +122,7 @@ def _storable(path: Path, ds: xr.Dataset) -> xr.Dataset:
         elif not (
             kind in "biufU" or (kind in "OT" and all(isinstance(v, str) for v in variable.values.flat))
         ):
-            raise StoreError(
+            raise MetricError(
                 f"can't store result '{path}': variable '{name}' has dtype {variable.dtype}",
                 hint="a result holds numbers, booleans and strings",
             )
@@ -156,7 +156,7 @@ def _replaced(path: Path, owner: str, attrs: Mapping[Hashable, Any]) -> dict[str
             or key in (_VERSION, _JSON)
             or (owner and key in _RESERVED)
         ):
-            raise StoreError(f"can't store result '{path}': '{key}'{where} can't name an attribute")
+            raise MetricError(f"can't store result '{path}': '{key}'{where} can't name an attribute")
         if isinstance(value, np.generic):
             value = value.item()
         whole = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
@@ -166,7 +166,7 @@ def _replaced(path: Path, owner: str, attrs: Mapping[Hashable, Any]) -> dict[str
         try:
             plain[key] = canonical_json(value)
         except (TypeError, ValueError) as error:
-            raise StoreError(f"can't store result '{path}': attribute '{key}'{where}: {error}") from error
+            raise MetricError(f"can't store result '{path}': attribute '{key}'{where}: {error}") from error
         as_json.append(key)
     if as_json:
         plain[_JSON] = json.dumps(as_json)

@@ -161,7 +161,10 @@ class Run:
         return folder.read(about["ids"], about["labels"], self.seed)
 
     def bad_images(self, model: str, dataset: str) -> list[dict[str, Any]]:
-        """Images that could not be read in a cell: index, id and reason. Names may be shortened as in `result`."""
+        """Images that could not be read in a cell: index, id and reason.
+
+        Names may be shortened as in `result`.
+        """
         model, dataset = _one("model", model, self.models), _one("dataset", dataset, self.datasets)
         about = self.about(model, dataset)
         found: dict[int, dict[str, Any]] = {}
