@@ -12,7 +12,7 @@ from torch import nn
 from probekit.datasets.dataset import Dataset
 from probekit.errors import UsageError
 from probekit.models.model import Model, load_model, seeded
-from probekit.names import parse_model
+from probekit.names import parse_model, quoted
 from probekit_train import trained
 from probekit_train.backbone import Description
 from probekit_train.local_attention import restrict
@@ -27,6 +27,13 @@ from probekit_train.views import seed_everything
 def finetuning(recipe: FinetuneRecipe, dataset: Dataset, catalog: Any) -> Plan:
     """A classifier of the dataset's labels over the recipe's model. Raises UsageError, WeightsError."""
     classes = class_count(dataset)
+    reference = parse_model(recipe.model)
+    if reference.is_file or reference.is_module:
+        raise UsageError(
+            f"{quoted(recipe.model)} is no pack's model: nothing could build its network again for the"
+            " checkpoint",
+            hint="name it in a pack of your own (`probekit plugins new`), or take another model",
+        )
     size = None if recipe.img_size is None else (recipe.img_size, recipe.img_size)
     model = load_model(recipe.model, catalog, seed=recipe.seed, image_size=size)
     preprocessing = model.preprocessing
@@ -49,6 +56,7 @@ def finetuning(recipe: FinetuneRecipe, dataset: Dataset, catalog: Any) -> Plan:
         _architecture(recipe, side, classes),
         preprocessing,
         network,
+        base="" if model.weights.kind == "random" else model.weights.sha256,
     )
 
 

@@ -15,12 +15,14 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from probekit.datasets.dataset import Dataset
-from probekit.errors import DataError, UsageError
+from probekit.errors import DataError, ProbekitError, UsageError
+from probekit.plugins.loading import describe
 from probekit.specs import Preprocessing
 from probekit.store.sealing import remove_temporaries
 from probekit.store.writing import RunLock
 from probekit.subject import versions
 from probekit_train import trained
+from probekit_train.alarms import alarms
 from probekit_train.backbone import Description
 from probekit_train.objectives import Batch
 from probekit_train.objectives.hybrid import Hybrid
@@ -46,13 +48,17 @@ _HELD_OUT = 1024
 
 @dataclass(frozen=True)
 class Plan:
-    """What makes a training's objective and what its checkpoint says besides the recipe."""
+    """What makes a training's objective and what its checkpoint says besides the recipe.
+
+    base: SHA-256 of the weights that a fine-tuning begins with, "" where they are drawn from the seed
+    """
 
     objective: nn.Module
     architecture: dict[str, Any]
     preprocessing: Preprocessing
     network: nn.Module | None = None
     decoder: dict[str, int] | None = None
+    base: str = ""
 
 
 def pretraining(recipe: Pretraining, dataset: Dataset) -> Plan:
@@ -74,6 +80,12 @@ def pretraining(recipe: Pretraining, dataset: Dataset) -> Plan:
         training["patch_drop_rate"] = recipe.drop_tokens
     seed_everything(recipe.seed, 0, 0)
     network = description.build(**training)
+    pool = getattr(recipe, "pool", network.global_pool)  # masking doesn't pool
+    if network.global_pool != pool:
+        raise UsageError(
+            f"'{recipe.model}' pools by '{network.global_pool}', not by '{pool}' as the recipe's 'pool' says",
+            hint="`--set pool=avg`, or a model with a class token",
+        )
     if classes:
         objective: nn.Module = Classification(network, recipe, classes)
     else:
@@ -142,6 +154,7 @@ def run(
         folder,
         fingerprint,
         network=made.network,
+        base=made.base,
         workers=workers,
         stop_after=stop_after,
         save_every=save_every,
@@ -164,7 +177,11 @@ def _finished(
     accelerator: Accelerator,
     half: bool,
 ) -> dict[str, Any]:
-    """Write the checkpoint and return what it says of itself."""
+    """Write the checkpoint and return what it says of itself.
+
+    It is written before held-out images are measured, and once more with what they lost: the training is
+    done, and whatever becomes of these images, its weights are good.
+    """
     recipe = job.recipe
     labelled = recipe.objective in ("supervised", "finetune")
     said = {
@@ -176,24 +193,38 @@ def _finished(
         "dataset": {"name": trained_on.name, "fingerprint": job.fingerprint, "images": len(trained_on)},
         "classes": list(trained_on.classes or ()) if labelled else [],
         "seed": recipe.seed,
+        "processes": accelerator.num_processes,
+        **({"base": state.base} if state.base else {}),
         "finished": state.step == job.steps,
         "images_seen": state.step * recipe.batch_size,
         "seconds": round(state.seconds, 1),
         "losses": final_losses(state),
+        "alarms": alarmed(job, state),
         "held_out": {},
         "versions": dict(versions()),
     }
-    if held_out is not None:
-        try:
-            said["held_out"] = measured(job, held_out, accelerator)
-        except DataError as error:  # the training is done, and its weights are good
-            said["not_held_out"] = error.message
-    if accelerator.is_main_process:
-        tensors = made.objective.exported()
-        trained.write(job.folder / MODEL, tensors, said)
-        if half:
-            trained.write(job.folder / HALF, tensors, said, half=True)
+    main = accelerator.is_main_process
+    tensors = made.objective.exported() if main else {}
+    if main:
+        _write(job.folder, tensors, said, half)
+    if held_out is None:
+        return said
+    try:
+        images = comparable(held_out, trained_on) if labelled else held_out
+        said["held_out"] = measured(job, images, accelerator)
+        if len(images) < len(held_out):
+            said["held_out_unknown"] = len(held_out) - len(images)  # of classes it wasn't trained on
+    except Exception as error:
+        said["not_held_out"] = error.message if isinstance(error, ProbekitError) else describe(error)
+    if main:
+        _write(job.folder, tensors, said, half)
     return said
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], said: Mapping[str, Any], half: bool) -> None:
+    trained.write(folder / MODEL, tensors, said)
+    if half:
+        trained.write(folder / HALF, tensors, said, half=True)
 
 
 def final_losses(state: State) -> dict[str, float]:
@@ -202,6 +233,39 @@ def final_losses(state: State) -> dict[str, float]:
     skipped = {"step", "images", "seconds", "lr", "images_per_second"}
     names = [name for name in (rows[-1] if rows else {}) if name not in skipped]
     return {name: round(math.fsum(row[name] for row in rows) / len(rows), 6) for name in names}
+
+
+def alarmed(job: Job, state: State) -> dict[str, int]:
+    """The kinds of alarms there were, each with the first step whose averages gave it."""
+    found: dict[str, int] = {}
+    for row in state.rows:
+        step = int(row["step"])
+        for kind in alarms(row, job.progress(step - 1), job.negatives):
+            found.setdefault(kind, step)
+    return found
+
+
+def comparable(held_out: Dataset, trained_on: Dataset) -> Dataset:
+    """The held-out images of classes that were trained on, by the numbers those have there.
+
+    Raises DataError where there are none.
+    """
+    if held_out.labels is None:
+        raise DataError("they have no labels")
+    names = held_out.classes
+    if names is None or trained_on.classes is None:  # numbers alone mean the same in both or nothing
+        same = names is trained_on.classes
+        known = set(trained_on.labels) if same else set()
+        numbers = {label: label for label in known}
+    elif list(names) == list(trained_on.classes):
+        numbers = {number: number for number in range(len(names))}
+    else:
+        numbers = {number: trained_on.class_of(name) for number, name in enumerate(names)}
+    labels = {index: numbers.get(label) for index, label in enumerate(held_out.labels)}
+    labels = {index: number for index, number in labels.items() if number is not None}
+    if not labels:
+        raise DataError("none is of a class that was trained on")
+    return _Chosen(held_out, list(labels), list(labels.values()))
 
 
 @torch.no_grad()
@@ -240,12 +304,14 @@ def measured(job: Job, dataset: Dataset, accelerator: Accelerator) -> dict[str, 
 
 
 class _Chosen(Dataset):
-    """Some images of a dataset, as one of their own."""
+    """Some images of a dataset, as one of their own. labels: where they aren't the dataset's"""
 
-    def __init__(self, dataset: Dataset, indices: list[int]) -> None:
+    def __init__(self, dataset: Dataset, indices: list[int], labels: list[int] | None = None) -> None:
         self.name = dataset.name
         self.ids = [dataset.ids[index] for index in indices]
-        self.labels = None if dataset.labels is None else [dataset.labels[index] for index in indices]
+        if labels is None and dataset.labels is not None:
+            labels = [dataset.labels[index] for index in indices]
+        self.labels = labels
         self._dataset, self._indices = dataset, indices
 
     def image(self, index: int) -> Any:

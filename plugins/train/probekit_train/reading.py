@@ -44,6 +44,8 @@ def read(name: str) -> dict[str, Any]:
         raise UsageError(f"recipe {quoted(source)} is not YAML{line}") from error
     if not isinstance(fields, dict):
         raise UsageError(f"recipe {quoted(source)} holds no fields", hint="write one 'field: value' a line")
+    if isinstance(fields.get("model_args"), dict):  # the other fields have types that say what a text means
+        fields["model_args"] = _number(fields["model_args"])
     return fields
 
 
@@ -81,7 +83,11 @@ def changed(fields: Mapping[str, Any], settings: Sequence[str]) -> dict[str, Any
 
 
 def _number(value: Any) -> Any:
-    """YAML 1.1 reads 1e-3 as text, for want of a dot."""
+    """YAML 1.1 reads 1e-3 as text, for want of a dot; also inside lists and mappings."""
+    if isinstance(value, dict):
+        return {key: _number(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_number(item) for item in value]
     if isinstance(value, str):
         try:
             return float(value)

@@ -8,11 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Below = Annotated[float, Field(ge=0, lt=1)]
 Pool = Literal["token", "avg"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, allow_inf_nan=False)
 
 
 class View(_Strict):
@@ -40,6 +41,10 @@ class View(_Strict):
     def _ordered(self) -> View:
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
             raise ValueError("scale goes from above 0 up to 1 at most")
+        if min(self.jitter) < 0 or self.jitter[3] > 0.5:
+            raise ValueError("jitter's strengths are 0 or more, that of hue 0.5 at most")
+        if not 0 <= self.blur_radius[0] <= self.blur_radius[1]:
+            raise ValueError("blur_radius goes from 0 or more up")
         return self
 
 
@@ -66,13 +71,13 @@ class Training(_Strict):
     accumulate: Positive = 1
     optimizer: Literal["adamw", "sgd", "lamb", "lars"] = "adamw"
     lr: float = Field(gt=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Below, Below] = (0.9, 0.95)
     weight_decay: float = Field(0.05, ge=0)
     clip: float = Field(3.0, ge=0)
     schedule: Literal["cosine", "multistep", "constant"] = "cosine"
     milestones: tuple[Share, ...] = ()
     layer_decay: float = Field(1.0, gt=0, le=1)
-    drop_path: float = Field(0.0, ge=0, lt=1)
+    drop_path: Below = 0.0
     local_attention: int | None = Field(None, gt=0)
     precision: Literal["fp32", "bf16"] = "fp32"
     seed: int = Field(0, ge=0)
@@ -108,6 +113,14 @@ class Pretraining(Training):
     positions: Literal["learned", "sincos"] = "learned"
     crop_pct: float = Field(0.875, gt=0, le=1)
 
+    @model_validator(mode="after")
+    def _buildable(self) -> Pretraining:
+        if self.model_args.get("in_chans", 3) != 3:
+            raise ValueError("images have 3 channels, and model_args.in_chans says otherwise")
+        if self.objective in ("simmim", "mae", "hybrid") and self.model_args.get("dynamic_img_size"):
+            raise ValueError("masks are of one size, which excludes model_args.dynamic_img_size")
+        return self
+
 
 class _Contrast(Pretraining):
     """MoCo v3 (Chen et al. 2021).
@@ -127,7 +140,7 @@ class _Contrast(Pretraining):
     predictor: tuple[Positive, ...] = (4096, 256)
     freeze_patch_embed: bool = True
     pool: Pool = "token"
-    drop_tokens: float = Field(0.0, ge=0, lt=1)
+    drop_tokens: Below = 0.0
     drop_until: Share = 1.0
 
     @model_validator(mode="after")
@@ -183,7 +196,7 @@ class HybridRecipe(_Contrast, _Masking):
 class _Labels(Training):
     """label_smoothing; mixup and cutmix: the alphas of their beta distributions, 0 for none."""
 
-    label_smoothing: float = Field(0.0, ge=0, lt=1)
+    label_smoothing: Below = 0.0
     mixup: float = Field(0.0, ge=0)
     cutmix: float = Field(0.0, ge=0)
 

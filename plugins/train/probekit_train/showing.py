@@ -58,8 +58,7 @@ class Shown:
             self._line = time.monotonic()
             left = (report.steps - report.step) / max(report.step, 1) * row["seconds"]
             self.say(f"  step {report.step}/{report.steps}  {text}  {left / 60:.0f} min left")
-        for warning in report.warnings:
-            kind = warning.partition("(")[0].split(" is ")[0]
+        for kind, warning in report.warnings.items():
             if kind not in self._warned:
                 self._warned.add(kind)
                 self.say(f"  alarm at step {report.step}: {warning}")
@@ -115,9 +114,14 @@ def write_log(folder: Path, rows: Sequence[dict[str, float]]) -> None:
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({name: f"{value:.6g}" for name, value in row.items()} for row in rows)
+    writer.writerows({name: _cell(value) for name, value in row.items()} for row in rows)
     write_bytes(folder / "log.csv", text.getvalue().encode())
     write_bytes(folder / "loss.svg", _figure(rows, names))
+
+
+def _cell(value: float) -> str:
+    """Counts whole, everything else in six digits."""
+    return str(value) if isinstance(value, int) else f"{value:.6g}"
 
 
 def _figure(rows: Sequence[dict[str, float]], names: Sequence[str]) -> bytes:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from probekit.errors import StoreError, UsageError
+from probekit.errors import StoreError, UsageError, WeightsError
 from probekit.models.weightfile import load
 from probekit.names import quoted
 from probekit.store.sealing import write_bytes
@@ -20,14 +21,31 @@ from probekit_train.reading import make
 
 FORMAT = 1
 _ANOTHER = "take another `--out` for another training, or move the folder away to begin anew"
+_DAMAGED = "move the file away to begin anew, or give another `--out`"
+_KINDS: dict[str, Any] = {
+    "recipe": str,
+    "fingerprint": str,
+    "step": int,
+    "seconds": int | float,
+    "rows": list,
+    "objective": Mapping,
+    "optimizer": Mapping,
+}
 
 
 @dataclass
 class State:
-    """step: steps done; seconds: spent so far, over all restarts; rows: the log"""
+    """What a training has come to.
+
+    base:    SHA-256 of the weights it began with, "" where that isn't known or they were drawn
+    step:    steps done
+    seconds: spent so far, over all restarts
+    rows:    the log
+    """
 
     recipe: dict[str, Any]
     fingerprint: str
+    base: str = ""
     step: int = 0
     seconds: float = 0.0
     rows: list[dict[str, float]] = field(default_factory=list)
@@ -39,6 +57,7 @@ class State:
             "format": FORMAT,
             "recipe": json.dumps(self.recipe),
             "fingerprint": self.fingerprint,
+            "base": self.base,
             "step": self.step,
             "seconds": self.seconds,
             "rows": self.rows,
@@ -49,18 +68,24 @@ class State:
         write_bytes(path, buffer.getbuffer())
 
     @classmethod
-    def resume(cls, path: Path, expected: State, objective: nn.Module, optimizer: Optimizer) -> State:
+    def resume(
+        cls, path: Path, expected: State, objective: nn.Module, optimizer: Optimizer, steps: int
+    ) -> State:
         """The state in `path`, its weights put into `objective` and `optimizer`.
 
         A training of fewer rounds is the beginning of one of more.
-        Raises UsageError for the state of another recipe or of other images, StoreError for a file that is
-        no state, WeightsError for a damaged one.
+
+        steps: of the whole schedule
+        Raises UsageError for the state of another recipe, of other images or of other weights to begin with,
+        StoreError for a file that is damaged or no state.
         """
-        content = load(path)
-        if content.get("format") != FORMAT or "objective" not in content:
-            raise StoreError(f"'{path}' is no state of a training that this version reads", hint=_ANOTHER)
-        found = _complete(json.loads(content["recipe"]))
-        done = min(found.get("rounds", 1), expected.recipe["rounds"])  # more rounds begin with the same ones
+        content = _read(path)
+        try:
+            found = _complete(json.loads(content["recipe"]))
+            # more rounds begin with the same ones
+            done = min(found.get("rounds", 1), expected.recipe["rounds"])
+        except (ValueError, AttributeError, TypeError) as error:
+            raise _damaged(path, "its recipe can't be read") from error
         if found != {**expected.recipe, "rounds": done}:
             raise UsageError(
                 f"the checkpoint in '{path.parent}' is of another recipe:"
@@ -73,13 +98,45 @@ class State:
                 f" {quoted(expected.recipe['dataset'])} has changed",
                 hint=_ANOTHER,
             )
+        base = content.get("base", "")  # older versions of the pack didn't say
+        if base and base != expected.base:
+            raise UsageError(
+                f"the checkpoint in '{path.parent}' began with other weights: the content of"
+                f" {quoted(expected.recipe['model'])} has changed",
+                hint=_ANOTHER,
+            )
+        if not 0 <= content["step"] <= steps:
+            raise _damaged(path, f"it is at step {content['step']} of {steps}")
         try:
             objective.load_state_dict(content["objective"], strict=True)
             optimizer.load_state_dict(content["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise StoreError(f"'{path}' is of another version of the pack", hint=_ANOTHER) from error
+        if not all(bool(value.isfinite().all()) for value in objective.parameters()):
+            raise _damaged(path, "some of its weights are no numbers")
         rows = [dict(row) for row in content["rows"]]
-        return cls(expected.recipe, content["fingerprint"], content["step"], content["seconds"], rows)
+        return cls(expected.recipe, content["fingerprint"], base, content["step"], content["seconds"], rows)
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The parts of a state, each of its kind. Raises StoreError."""
+    try:
+        content = load(path)
+    except WeightsError as error:  # whose way out is about checkpoints to load
+        raise StoreError(error.message, hint=_DAMAGED) from error
+    if content.get("format") != FORMAT or "objective" not in content:
+        raise StoreError(f"'{path}' is no state of a training that this version reads", hint=_DAMAGED)
+    for name, kind in _KINDS.items():
+        if not isinstance(content.get(name), kind):
+            raise _damaged(path, f"its '{name}' is missing or of another kind")
+    columns = {"step", "images", "loss"}
+    if not all(isinstance(row, Mapping) and columns <= row.keys() for row in content["rows"]):
+        raise _damaged(path, "its log can't be read")
+    return content
+
+
+def _damaged(path: Path, reason: str) -> StoreError:
+    return StoreError(f"'{path}' is damaged: {reason}", hint=_DAMAGED)
 
 
 def _complete(recipe: dict[str, Any]) -> dict[str, Any]:

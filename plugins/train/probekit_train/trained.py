@@ -64,7 +64,8 @@ def classify(module: nn.Module, classes: int, pool: str) -> None:
     if not hasattr(module, "reset_classifier") or not hasattr(module, "forward_head"):
         raise UsageError(
             f"a {type(module).__name__} can't be given a classifier: it is no network of timm",
-            hint="take a model of 'timm:', 'moco', 'simmim', 'mae', 'beit' or 'trained@FILE'",
+            hint="take a model of 'timm:', 'moco', 'simmim', 'beit' or 'trained@FILE'; of MAE the encoder"
+            " alone ('mae:vit-b16') or what `probekit pretrain` wrote, not another autoencoder",
         )
     try:
         module.reset_classifier(classes, pool)

@@ -32,12 +32,16 @@ STATE = "state.pt"
 
 @dataclass
 class Report:
-    """What a listener hears every few steps. row: the latest averages, a line of the log"""
+    """What a listener hears every few steps.
+
+    row:      the latest averages, a line of the log
+    warnings: sentences by their kind
+    """
 
     step: int
     steps: int
     row: dict[str, float]
-    warnings: list[str] = field(default_factory=list)
+    warnings: dict[str, str] = field(default_factory=dict)
 
 
 Listener = Callable[[Report], None]
@@ -49,6 +53,7 @@ class Job:
 
     preprocessing: size (square) and normalisation of the images
     network:       what layer decay looks at
+    base:          SHA-256 of the weights it begins with, "" for drawn ones
     stop_after:    minutes after which this call ends, whatever is left
     save_every:    minutes between checkpoints
     """
@@ -60,6 +65,7 @@ class Job:
     folder: Path
     fingerprint: str
     network: nn.Module | None = None
+    base: str = ""
     workers: int = 0
     stop_after: float | None = None
     save_every: float = 5.0
@@ -72,6 +78,15 @@ class Job:
     @property
     def steps(self) -> int:
         return self.recipe.rounds * self.round_steps
+
+    @property
+    def negatives(self) -> int:
+        """Keys that InfoNCE compares each query with, its own included."""
+        return self.recipe.batch_size // self.recipe.accumulate
+
+    def progress(self, step: int) -> float:
+        """Share of its round that was done before step `step` (from 0)."""
+        return step % self.round_steps / self.round_steps
 
 
 def processes(recipe: Training, cpu: bool) -> Accelerator:
@@ -131,9 +146,9 @@ def train(job: Job, accelerator: Accelerator, listen: Listener = lambda report: 
     if accelerator.num_processes > 1 and accelerator.device.type == "cuda":
         job.objective = nn.SyncBatchNorm.convert_sync_batchnorm(job.objective)
     optimizer = optimiser(recipe, job.objective, job.network)
-    state = State(recipe.model_dump(mode="json", by_alias=True), job.fingerprint)
+    state = State(recipe.model_dump(mode="json", by_alias=True), job.fingerprint, job.base)
     if path.exists():
-        state = State.resume(path, state, job.objective, optimizer)
+        state = State.resume(path, state, job.objective, optimizer, job.steps)
     rates = scheduler(recipe, optimizer, len(job.pictures))
     module = accelerator.prepare_model(job.objective)
     module.train()
@@ -142,9 +157,8 @@ def train(job: Job, accelerator: Accelerator, listen: Listener = lambda report: 
     sums: dict[str, Tensor] = {}
     since, counted = time.monotonic(), 0
     while state.step < job.steps:
-        within = state.step % job.round_steps
-        progress = within / job.round_steps
-        rates.step_update(within)
+        progress = job.progress(state.step)
+        rates.step_update(state.step % job.round_steps)
         job.objective.begin_step(progress)
         for values in _step(module, parts, optimizer, job, state.step, accelerator):
             for name, value in values.items():
@@ -166,7 +180,7 @@ def train(job: Job, accelerator: Accelerator, listen: Listener = lambda report: 
             **row,
         }
         state.rows.append(row)
-        warnings = alarms(row, progress, recipe.batch_size // recipe.accumulate)
+        warnings = alarms(row, progress, job.negatives)
         listen(Report(state.step, job.steps, row, warnings))
         sums, since, counted = {}, now, 0
         ended = job.stop_after is not None and now - began > 60 * job.stop_after
@@ -177,6 +191,8 @@ def train(job: Job, accelerator: Accelerator, listen: Listener = lambda report: 
             saved = now
         if ended:
             break
+    if not job.steps and accelerator.is_main_process:  # so that no other recipe overwrites its model unasked
+        state.save(path, job.objective, optimizer)
     accelerator.wait_for_everyone()
     return state
 

@@ -35,13 +35,23 @@ def transform(view: View, size: int) -> Callable[[Image.Image], Image.Image]:
     if view.grey:
         steps.append(v2.RandomGrayscale(view.grey))
     if view.blur:
-        # PIL's filter through timm, as in MoCo's own code: twenty times as fast as torchvision's
-        low, high = view.blur_radius
-        blur = v2.Lambda(lambda image: gaussian_blur(image, torch.empty(1).uniform_(low, high).item()))
-        steps.append(v2.RandomApply([blur], view.blur))
+        steps.append(v2.RandomApply([v2.Lambda(_Blur(*view.blur_radius))], view.blur))
     if view.solarise:
         steps.append(v2.RandomSolarize(128, view.solarise))
     return v2.Compose(steps)
+
+
+class _Blur:
+    """PIL's filter through timm, as in MoCo's own code: twenty times as fast as torchvision's.
+
+    A class, because workers that are spawned get the transforms pickled.
+    """
+
+    def __init__(self, low: float, high: float) -> None:
+        self.low, self.high = low, high
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        return gaussian_blur(image, torch.empty(1).uniform_(self.low, self.high).item())
 
 
 def _randaugment(view: View, size: int) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from probekit_train import trained
 from safetensors.torch import load_file
 from tiny_pictures import SMALL
+
+from probekit.errors import UsageError
 
 MINIATURE = ["--recipe", "miniature-finetune", "--dataset", "tiny-pictures:64"]
 SHORT = ["--set", "batch_size=16", "--set", "epochs=1", "--set", "warmup_epochs=0"]
@@ -100,3 +103,46 @@ def test_a_model_of_timm_is_tuned_and_rebuilt_by_its_name(probekit, tmp_path):
     model = trained.build("", weights=tmp_path / "model.safetensors")
     assert model.preprocessing.size == (32, 32) and model.preprocessing.mean == (0.5, 0.5, 0.5)
     assert model.module(torch.randn(1, 3, 32, 32)).shape == (1, 4)
+
+
+def test_a_fine_tuning_isnt_gone_on_with_from_other_weights(probekit, pretrained, tmp_path):
+    line = ["finetune", "--model", f"trained@{pretrained}", *MINIATURE, *SHORT, "--out", tmp_path / "tuned"]
+    code, text, err = probekit(*line, "--json")
+    assert code == 0, err
+    digest = hashlib.sha256(pretrained.read_bytes()).hexdigest()
+    assert json.loads(text)["base"] == digest
+    path = tmp_path / "tuned" / "state.pt"
+    content = torch.load(path, weights_only=True)
+    assert content["base"] == digest
+    said, state = trained.about(pretrained), load_file(pretrained)
+    trained.write(pretrained, {**state, "cls_token": state["cls_token"] + 1}, said)
+    code, _, err = probekit(*line)
+    assert code == 2 and f"began with other weights: the content of 'trained@{pretrained}' has changed" in err
+    del content["base"]  # a state of before goes on, and says nothing of what it began with
+    torch.save(content, path)
+    code, text, err = probekit(*line, "--json")
+    assert code == 0 and "base" not in json.loads(text), err
+
+
+def test_what_couldnt_be_loaded_again_isnt_trained(probekit, tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("import timm\n\ndef vit():\n    return timm.create_model('vit_tiny_patch16_224')\n")
+    line = ["finetune", "--model", f"{file}:vit", *MINIATURE, *SHORT, "--out", tmp_path / "out"]
+    code, _, err = probekit(*line)
+    assert code == 2 and "is no pack's model: nothing could build its network again" in " ".join(err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_autoencoder_of_another_pack_is_refused_with_what_to_take():
+    with pytest.raises(UsageError, match="can't be given a classifier") as caught:
+        trained.classify(torch.nn.Linear(2, 2), 4, "avg")
+    assert "of MAE the encoder alone ('mae:vit-b16')" in caught.value.hint
+
+
+def test_a_network_with_two_classifiers_is_tuned_whole_or_not_at_all(probekit, tmp_path):
+    line = ["finetune", "--model", "timm:deit_tiny_distilled_patch16_224@random", "--set", "img_size=32"]
+    line += [*SHORT, "--set", "batch_size=8", "--set", "pool=token", "--dataset", "tiny-pictures:16"]
+    code, _, err = probekit(*line, "--recipe", "park2023-linear", "--out", tmp_path / "frozen")
+    assert code == 2 and "has no one linear classifier that could be trained alone" in err
+    code, _, err = probekit(*line, "--recipe", "miniature-finetune", "--out", tmp_path / "whole")
+    assert code == 0, err

@@ -9,6 +9,7 @@ import pytest
 import torch
 from probekit_train import trained
 from probekit_train.backbone import Description
+from probekit_train.reading import changed, read
 from safetensors.torch import load_file, save_file
 from tiny_pictures import SMALL
 
@@ -50,7 +51,31 @@ def refused(probekit, code: int, *line: object) -> str:
         ([*SIMMIM, "--set", "views=[{}, {}]"], "it takes 1 views, and 2 are given"),
         ([*SIMMIM, "--set", "img_size=18"], "patches of 4 x 4 px, which don't tile 18 x 18"),
         ([*SIMMIM, "--set", "mask_unit=6"], "masked squares of 6 px don't fit images of 16 px"),
+        (
+            [*SIMMIM, "--set", "mask_unit=16"],
+            "squares of 16 px at a ratio of 0.6 hide the whole image: 1 of 1",
+        ),
+        (
+            [*SIMMIM, "--set", "mask_ratio=0.8"],
+            "squares of 8 px at a ratio of 0.8 hide the whole image: 4 of 4",
+        ),
         ([*SIMMIM, "--local-attention", "4"], "odd, not 4"),
+        ([*SIMMIM, "--set", "views.0.jitter=[0.4, 0.4, 0.2, 0.6]"], "jitter's strengths are 0 or more"),
+        ([*SIMMIM, "--set", "views.0.jitter=[-0.4, 0.4, 0.2, 0.1]"], "jitter's strengths are 0 or more"),
+        ([*SIMMIM, "--set", "views.0.blur_radius=[2, 1]"], "blur_radius goes from 0 or more up"),
+        ([*SIMMIM, "--set", "views.0.blur=1.5"], "field 'views.0.blur' of the recipe can't be '1.5'"),
+        ([*SIMMIM, "--set", "betas=[0.9, 1.0]"], "field 'betas.1' of the recipe can't be '1.0'"),
+        ([*SIMMIM, "--set", "epochs=.inf"], "field 'epochs' of the recipe can't be 'inf'"),
+        ([*SIMMIM, "--set", "model_args.in_chans=1"], "images have 3 channels"),
+        ([*SIMMIM, "--set", "model_args.dynamic_img_size=true"], "excludes model_args.dynamic_img_size"),
+        (
+            ["--objective", "moco", "--set", "model_args.global_pool=max", "--set", "pool=token"],
+            "pools by 'max', not by 'token' as the recipe's 'pool' says",
+        ),
+        (
+            ["--objective", "supervised", "--model", "vit_base_patch16_siglip_224", "--set", "img_size=32"],
+            "pools by 'map', not by 'token' as the recipe's 'pool' says",
+        ),
         ([*SIMMIM, "--set", "batch_size=1000"], "a batch of 1000 images is more than the 64 there are"),
         ([*SIMMIM, "--set", "model_args.checkpoint_path=x"], "'model_args' can't have"),
         ([*SIMMIM, "--set", "model_args.depht=3"], "timm can't build 'vit'"),
@@ -83,6 +108,60 @@ def test_a_checkpoint_of_another_recipe_or_of_other_images_is_not_gone_on_from(p
     assert "was trained on other images" in refused(probekit, 2, *line, *DATA)
     (tmp_path / "state.pt").write_bytes(before[:1000])
     assert "cut short, damaged" in refused(probekit, 4, *line, *DATA)
+
+
+def _without(content: dict, name: str) -> dict:
+    return {key: value for key, value in content.items() if key != name}
+
+
+def _spoilt(content: dict) -> dict:
+    weights = dict(content["objective"])
+    weights["mask_token"] = weights["mask_token"] * float("nan")
+    return {**content, "objective": weights}
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (lambda content: _without(content, "step"), "its 'step' is missing or of another kind"),
+        (lambda content: {**content, "rows": 3}, "its 'rows' is missing or of another kind"),
+        (lambda content: {**content, "rows": [1]}, "its log can't be read"),
+        (lambda content: {**content, "recipe": "{"}, "its recipe can't be read"),
+        (lambda content: {**content, "recipe": "[]"}, "its recipe can't be read"),
+        (lambda content: {**content, "step": 400}, "it is at step 400 of 4"),
+        (_spoilt, "some of its weights are no numbers"),
+        (lambda content: b"no state at all", "state.pt"),
+    ],
+)
+def test_a_damaged_state_is_said_with_the_way_out(probekit, tmp_path, damage, expected):
+    line = ["pretrain", *SIMMIM, *SMALL, *DATA, "--set", "epochs=1", "--out", tmp_path]
+    assert probekit(*line)[0] == 0
+    path = tmp_path / "state.pt"
+    content = damage(torch.load(path, weights_only=True))
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    message = refused(probekit, 4, *line)
+    assert expected in message
+    assert "move the file away to begin anew, or give another `--out`" in message
+
+
+def test_an_untrained_network_isnt_overwritten_by_another_recipe(probekit, tmp_path):
+    line = ["pretrain", *SIMMIM, *SMALL, *DATA, "--set", "epochs=0", "--out", tmp_path]
+    assert probekit(*line)[0] == 0
+    assert probekit(*line)[0] == 0
+    before = (tmp_path / "model.safetensors").read_bytes()
+    assert "its 'seed' is '0', and here '1'" in refused(probekit, 2, *line, "--seed", "1")
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_numbers_inside_a_network_s_arguments_are_numbers(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("objective: simmim\nmodel_args: {init_values: 1e-5, depth: 2}\n")
+    assert read(str(path))["model_args"] == {"init_values": 1e-5, "depth": 2}
+    set_here = changed({}, ["model_args={init_values: 1e-5}", "views=[{scale: [1e-1, 1]}]"])
+    assert set_here == {"model_args": {"init_values": 1e-5}, "views": [{"scale": [0.1, 1]}]}
 
 
 def test_randaugment_is_timms(probekit, tmp_path):

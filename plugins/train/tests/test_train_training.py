@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
+import pickle
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,11 +22,12 @@ from probekit_train import trained
 from probekit_train.alarms import alarms
 from probekit_train.pictures import Order, Share
 from probekit_train.pictures import Pictures as Decoded
+from probekit_train.pretraining import comparable
 from probekit_train.reading import changed, make, names, read
 from probekit_train.schedule import optimiser, scheduler, steps_of
-from probekit_train.showing import sparkline
+from probekit_train.showing import Shown, sparkline, write_log
 from probekit_train.trained import preprocessing_for
-from probekit_train.training import Job, processes, train
+from probekit_train.training import Job, Report, processes, train
 from safetensors.torch import load_file
 from tiny_pictures import SMALL, Pictures
 
@@ -84,7 +87,8 @@ def test_a_held_out_image_that_cannot_be_read_costs_the_held_out_loss_alone(prob
     for split, count in (("train", 32), ("val", 8)):
         (tmp_path / "images" / split / "a").mkdir(parents=True)
         for number in range(count):
-            pixels = np.random.default_rng(number).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            drawn = np.random.default_rng([count, number])  # no image is in both splits
+            pixels = drawn.integers(0, 255, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / "images" / split / "a" / f"{number}.png")
     bad = tmp_path / "images" / "val" / "a" / "3.png"
     bad.write_bytes(bad.read_bytes()[:60])
@@ -95,6 +99,59 @@ def test_a_held_out_image_that_cannot_be_read_costs_the_held_out_loss_alone(prob
     assert "nothing said of held-out images" in out and "3.png" in " ".join(out.split()).replace(" ", "")
     said = trained.about(tmp_path / "out" / "model.safetensors")
     assert said["finished"] and said["held_out"] == {} and "3.png" in said["not_held_out"]
+
+
+def folder_of(root: Path, *splits: str) -> Path:
+    """Noise, eight images in each of the folders ``train/a``."""
+    for place in splits:
+        (root / place).mkdir(parents=True)
+        for number in range(8):
+            pixels = np.random.default_rng([number, *place.encode()]).integers(0, 255, (16, 16, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(root / place / f"{number}.png")
+    return root
+
+
+def supervised(probekit, images: Path, out: Path) -> dict:
+    line = ["pretrain", "--objective", "supervised", "--dataset", f"folder:{images}", *SMALL, *COARSE]
+    code, text, err = probekit(*line, "--set", "epochs=1", "--set", "batch_size=8", "--out", out, "--json")
+    assert code == 0, err
+    assert weights(out)
+    return json.loads(text)
+
+
+def test_held_out_classes_are_those_of_the_training_by_name(probekit, tmp_path):
+    images = folder_of(tmp_path / "flat", "train/a", "train/b", "test")
+    said = supervised(probekit, images, tmp_path / "1")
+    assert said["finished"] and said["held_out"] == {} and said["not_held_out"] == "they have no labels"
+    images = folder_of(tmp_path / "more", "train/a", "train/b", "val/a", "val/b", "val/c")
+    said = supervised(probekit, images, tmp_path / "2")
+    assert "accuracy" in said["held_out"] and said["held_out_unknown"] == 8
+    images = folder_of(tmp_path / "others", "train/a", "train/b", "val/c")
+    said = supervised(probekit, images, tmp_path / "3")
+    assert said["held_out"] == {} and said["not_held_out"] == "none is of a class that was trained on"
+
+
+def test_held_out_labels_get_the_numbers_of_the_training():
+    learned, held_out = Pictures(8, 0), Pictures(8, 1)
+    held_out.classes = ("A", "d", "x", "b")  # capitals apart, as a dataset's own `class_of` has it
+    found = comparable(held_out, learned)
+    assert found.labels == [0, 3, 1, 0, 3, 1] and found.ids == [f"1-{n}" for n in (0, 1, 3, 4, 5, 7)]
+    learned.classes = held_out.classes = None
+    learned.labels = [0, 1] * 4
+    assert comparable(held_out, learned).labels == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("failure", [RuntimeError("no memory"), KeyboardInterrupt()])
+def test_whatever_measuring_meets_the_weights_are_written(probekit, tmp_path, monkeypatch, failure):
+    def measured(*arguments):
+        raise failure
+
+    monkeypatch.setattr("probekit_train.pretraining.measured", measured)
+    code, _, _ = probekit(*command("simmim", tmp_path, "--set", "epochs=1"))
+    said = trained.about(tmp_path / "model.safetensors")
+    assert said["finished"] and weights(tmp_path)
+    if isinstance(failure, RuntimeError):
+        assert code == 0 and "RuntimeError: no memory" in said["not_held_out"]
 
 
 # --- the same weights again
@@ -222,28 +279,47 @@ def test_any_module_of_this_shape_is_trained_with_chance_and_images_of_each_step
     assert len(set(drawn)) == len(set(seen)) == 12
 
 
-def test_two_processes_train_one_model(tmp_path):
+def launched(processes: int, line: list[str]) -> dict:
+    """What a training says of itself, from so many processes; `accelerate launch --cpu` starts one alone."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", port]
     plugin = str(Path(__file__).parent / "tiny_pictures.py")
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    line = command("moco", tmp_path, "--set", "epochs=2", "--set", "precision=bf16", "--json")
-    line += ["--local-attention", "1", "--set", "drop_tokens=0"]
+    done = subprocess.run(
+        [sys.executable, *(launch if processes > 1 else []), "-m", "probekit", "--plugin", plugin, *line],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    said = json.loads(done.stdout)
+    assert said["processes"] == processes
+    return said
 
-    def said(*launched: str) -> dict:
-        done = subprocess.run(
-            [sys.executable, *launched, "-m", "probekit", "--plugin", plugin, *line],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        return json.loads(done.stdout)
 
-    two = said(*launch)
+def test_two_processes_train_the_model_of_one(tmp_path):
+    said = []
+    for count in (1, 2):
+        # without batch norms and chance, which are a process's own
+        still = ["--set", "drop_path=0", "--set", "epochs=2", "--set", "lr=0.1", "--set", "optimizer=sgd"]
+        line = command("supervised", tmp_path / str(count), *still, "--cpu", "--json")
+        said.append(launched(count, line))
+    one, two = weights(tmp_path / "1"), weights(tmp_path / "2")
+    for name in one:  # eight steps of plain gradients, which differ by rounding alone
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=1e-5)
+    assert said[1]["finished"] and said[1]["images_seen"] == 128
+    assert said[1]["losses"] == pytest.approx(said[0]["losses"], rel=1e-3)
+    # each process took a part of the held-out images: one that takes them all finds the same
+    assert said[1]["held_out"] == pytest.approx(said[0]["held_out"], rel=1e-3)
+    assert len(list(csv.DictReader((tmp_path / "2" / "log.csv").open()))) == 1
+
+
+def test_two_processes_contrast_with_the_keys_of_both(tmp_path):
+    line = command("moco", tmp_path, "--set", "epochs=2", "--set", "precision=bf16", "--cpu", "--json")
+    two = launched(2, [*line, "--local-attention", "1", "--set", "drop_tokens=0"])
     assert two["finished"] and two["images_seen"] == 128
     # at the start InfoNCE is about log 16: the keys of both processes, 8 of each, are told apart
     assert 2.2 < two["losses"]["info_nce"] < 4.0
-    # each process took a part of the held-out images: one that takes them all finds the same
-    assert said()["held_out"] == pytest.approx(two["held_out"], rel=1e-3)
-    assert len(list(csv.DictReader((tmp_path / "log.csv").open()))) == 1
+    assert 2.2 < two["held_out"]["info_nce"] < 4.0
 
 
 # --- what comes of it
@@ -343,11 +419,45 @@ def test_the_rate_warms_up_then_falls_along_a_cosine():
 
 
 def test_alarms_speak_of_collapse_chance_and_triviality():
-    assert alarms({"feature_std": 0.001, "info_nce": 4.85}, 0.05, 128) == []  # it has hardly begun
-    assert "collapsed" in alarms({"feature_std": 0.001}, 0.5, 128)[0]
-    assert "at chance (log 128 = 4.85)" in alarms({"feature_std": 0.5, "info_nce": 4.84}, 0.5, 128)[0]
-    assert "floor" in alarms({"feature_std": 0.5, "info_nce": 0.001}, 0.5, 128)[0]
-    assert alarms({"feature_std": 0.5, "info_nce": 2.0}, 0.5, 128) == []
+    assert alarms({"feature_std": 0.001, "info_nce": 4.85}, 0.05, 128) == {}  # it has hardly begun
+    assert "collapsed" in alarms({"feature_std": 0.001}, 0.5, 128)["collapse"]
+    chance = alarms({"feature_std": 0.5, "info_nce": 4.84}, 0.5, 128)
+    assert "at chance (log 128 = 4.85)" in chance["chance"] and len(chance) == 1
+    assert "floor" in alarms({"feature_std": 0.5, "info_nce": 0.001}, 0.5, 128)["floor"]
+    assert alarms({"feature_std": 0.5, "info_nce": 2.0}, 0.5, 128) == {}
+
+
+def test_every_kind_of_alarm_is_said_once():
+    said = []
+    shown = Shown(None, None)
+    shown.say = said.append
+    for step, value in ((10, 4.84), (20, 4.85), (30, 0.001), (40, 0.002)):
+        row = {"loss": 1.0, "info_nce": value, "images_per_second": 1.0, "seconds": 1.0}
+        shown(Report(step, 100, row, alarms(row, 0.5, 128)))
+    assert len(said) == 2 and "at chance" in said[0] and "step 30" in said[1] and "floor" in said[1]
+
+
+def test_the_card_has_the_alarms_whatever_was_printed(probekit, tmp_path):
+    # a batch of two whose views are the whole image: nothing to learn, InfoNCE near log 2 all the time
+    blind = ["--set", "epochs=1", "--set", "batch_size=2", "--set", "lr=1e-9", "--set", "temperature=100"]
+    code, out, _ = probekit(*command("moco", tmp_path, *blind, "--json", images="64"))
+    said = json.loads(out)
+    assert code == 0 and said["alarms"] == {"chance": 10}
+    assert json.loads((tmp_path / "card.json").read_text())["alarms"] == {"chance": 10}
+
+
+def test_the_log_counts_exactly(tmp_path):
+    write_log(tmp_path, [{"step": 1234567, "images": 128 * 1234567, "loss": 0.123456789}])
+    (row,) = csv.DictReader((tmp_path / "log.csv").open())
+    assert row == {"step": "1234567", "images": "158024576", "loss": "0.123457"}
+
+
+def test_views_can_be_sent_to_spawned_workers():
+    views = [{"blur": 1.0, "jitter": [0.4, 0.4, 0.2, 0.1], "solarise": 0.2}, {"randaugment": "rand-m9-inc1"}]
+    recipe = make({**read("miniature-moco"), "views": views, "batch_size": 4})
+    share = Share(Decoded(Pictures(8, 0)), recipe, 16)
+    (here, _), (there, _) = share[1], pickle.loads(pickle.dumps(share))[1]
+    assert all(map(torch.equal, here, there))
 
 
 def test_the_curve_falls_with_the_loss():

@@ -31,6 +31,13 @@ class MaskedPixels(nn.Module):
                 hint=f"a multiple of {patch[0]} that divides the image: `--set mask_unit={2 * patch[0]}`",
             )
         self.unit = recipe.mask_unit // patch[0]
+        squares = grid[0] // self.unit * (grid[1] // self.unit)
+        if hidden_squares(squares, recipe.mask_ratio) == squares:
+            raise UsageError(
+                f"masked squares of {recipe.mask_unit} px at a ratio of {recipe.mask_ratio:g} hide the whole"
+                f" image: {squares} of {squares}",
+                hint="a smaller `--set mask_unit=...` or `--set mask_ratio=...`",
+            )
         self.mask_token = nn.Parameter(torch.zeros(1, 1, backbone.embed_dim))
         nn.init.trunc_normal_(self.mask_token, std=0.02)
         self.decoder = nn.Sequential(
@@ -77,10 +84,14 @@ def masked_l1(images: Tensor, guess: Tensor, mask: Tensor) -> Tensor:
     return ((images - guess).abs() * mask[:, None]).sum() / (mask.sum() + 1e-5) / images.shape[1]
 
 
+def hidden_squares(squares: int, ratio: float) -> int:
+    return math.ceil(squares * ratio)
+
+
 def unit_mask(count: int, grid: tuple[int, int], unit: int, ratio: float, device: torch.device) -> Tensor:
     """Random masks (count, rows, columns) of 0 and 1, ceil(squares x ratio) squares of `unit` patches."""
     rows, columns = grid[0] // unit, grid[1] // unit
-    hidden = math.ceil(rows * columns * ratio)
+    hidden = hidden_squares(rows * columns, ratio)
     order = torch.rand(count, rows * columns, device=device).argsort(dim=1)
     mask = torch.zeros(count, rows * columns, device=device).scatter_(1, order[:, :hidden], 1.0)
     return mask.view(count, rows, columns).repeat_interleave(unit, 1).repeat_interleave(unit, 2)

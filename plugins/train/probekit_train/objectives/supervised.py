@@ -7,6 +7,7 @@ from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from probekit.errors import UsageError
 from probekit_train.objectives import Batch, undecayed, weights_of
 from probekit_train.recipe import FinetuneRecipe, SupervisedRecipe
 
@@ -27,6 +28,11 @@ class Classification(nn.Module):
         if self.frozen:
             network.requires_grad_(False)
             head = network.get_classifier()
+            if not isinstance(head, nn.Linear):  # distilled DeiT has two
+                raise UsageError(
+                    f"a {type(network).__name__} has no one linear classifier that could be trained alone",
+                    hint="`--set frozen=false`, or a model with one",
+                )
             head.requires_grad_(True)
             self.whiten = nn.BatchNorm1d(head.in_features, affine=False)
 
