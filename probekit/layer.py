@@ -147,17 +147,18 @@ class Layer:
 
     @cached_property
     def prefix_mass(self) -> Tensor:
-        """Attention that patch queries give to prefix tokens, mean over queries, (B, H): what
-        renormalisation hides. Zero where there is no prefix.
+        """Attention that patch queries give to prefix tokens and to learned keys that are no tokens, mean
+        over queries, (B, H): what renormalisation hides. Zero where there are none.
 
-        Raises `DoesNotApply` for prefix tokens inside windows, or beside keys that are padding.
+        Raises `DoesNotApply` for such keys inside windows, or beside keys that are padding.
         """
         info, s = self._spatial(), self._get("scores")
-        if not info.prefix:
+        keys = (s.k if s.k is not None else s.probabilities.mT).size(2)
+        if info.windows * keys == info.padded + sum(g.keys.size for g in info.groups):
             return torch.zeros(self.batch, self.heads, device=self._device)
         if info.windows > 1 or info.masked or info.padded:
             raise DoesNotApply(f"prefix tokens of '{info.name}' stand in windows or beside padding")
-        group, keys = info.groups[0], (s.k if s.k is not None else s.probabilities.mT).size(2)
+        group = info.groups[0]
         beside = np.setdiff1d(np.arange(keys), group.keys[0])[None]
         s = self._cut(replace(group, keys=beside))
         if s.probabilities is not None:

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from torch import Tensor
 
 from probekit.errors import DoesNotApply, MetricError, UsageError
 from probekit.layer import Layer
-from probekit.metric import Metric
+from probekit.metric import Metric, Traces, Variation
 from probekit.metrics.attention_distance import AttentionDistance
 from probekit.metrics.attention_maps import AttentionMaps
 from probekit.metrics.fourier import Fourier
 from probekit.metrics.nmi import NMI
+from probekit.summaries import layer_coordinates
 from probekit.testing import TinyViT, check_metric, make_layer
 
 
@@ -212,6 +214,22 @@ def broken(measure=None, **attributes: object) -> type[Metric]:
     return type("Broken", (Peak,), body)
 
 
+def varied(*names: str) -> type[Metric]:
+    return broken(
+        variations=lambda self: [Variation(name, pixels=lambda pixels, index: pixels) for name in names]
+    )
+
+
+def summarised(change: Callable[[xr.Dataset], xr.Dataset]) -> type[Metric]:
+    """A metric with a value and nothing else in its result, which is then changed."""
+
+    def summarize(self: Metric, traces: Traces) -> xr.Dataset:
+        made = xr.Dataset({"peak": (("layer", "head"), traces["peak"].mean(0))})
+        return change(made.assign_coords(layer_coordinates(traces.rows)))
+
+    return broken(summarize=summarize)
+
+
 def peaks(layer: Layer) -> Tensor:
     return layer.attention.amax(-1).mean(-1)
 
@@ -232,7 +250,7 @@ def refuses(layer: Layer) -> Mapping[str, Tensor]:
 @pytest.mark.parametrize(
     ("metric", "text"),
     [
-        (broken(name=""), "'Broken' has no 'name'"),
+        (broken(name=""), "metric 'Broken': 'name' is '', not of letters"),
         (broken(version=0), "metric 'peak': 'version' is 0"),
         (broken(needs="attention"), "'needs' is 'attention', not a set of fields"),
         (broken(needs={"atention"}), "'needs' names 'atention', which a layer doesn't have"),
@@ -244,10 +262,37 @@ def refuses(layer: Layer) -> Mapping[str, Tensor]:
         (broken(units={"peek": "1"}), "'units' names 'peek'"),
         (broken(windows="all"), "'windows' is 'all', not one of each, own"),
         (broken(curve="first"), "'curve' is 'first'"),
+        (broken(requires="labels"), "'requires' is 'labels', not a set"),
+        (broken(requires={"lables"}), "'requires' names 'lables', not one of cues, labels"),
+        (broken(units="px"), "'units' is 'px', not a mapping"),
+        (broken(units={"peak": 3}), "'units' gives 'peak' 3, not text"),
+        (broken(dims={"peak": (), "..": ()}), "'dims' names '..', which can't name a value"),
+        (broken(dims={"peak": (), "a/b": ()}), "'dims' names 'a/b', which can't name a value"),
+        (broken(dims={"peak": ("depth",)}), "'dims' names 'depth', which the result has for something else"),
+        (broken(dims={"peak": (), "stride": ()}), "'dims' names 'stride', which the result has"),
+        (broken(dims={"peak": (), "peak_sd": ()}), "'dims' names 'peak_sd', which the result has"),
+        (broken(dims={"peak": ("peak",)}), "'dims' names 'peak', which the result has"),
+        (varied("../../evil"), "'variations' names one '../../evil', not of letters"),
+        (varied(".."), "'variations' names one '..', not of letters"),
+        (varied("x", "X"), "'variations' names two of them 'x'"),
+        (broken(variations=lambda self: ["a"]), "'variations' holds a str, not a probekit.metric.Variation"),
+        (broken(variations=lambda self: None), "'variations' raised TypeError"),
+        (broken(lambda layer: {"peak": peaks(layer).to_sparse()}), "'peak' is a sparse tensor"),
+        (broken(lambda layer: {"peak": peaks(layer).to("meta")}), "'peak' is a meta tensor"),
+        (broken(lambda layer: {"peak": peaks(layer) * 1j}), "'peak' is of torch.complex64, not real numbers"),
+        (broken(lambda layer: {"peak": 1, 3: 4}), "'measure' returned ['3', 'peak'], but 'dims'"),
+        (broken(describe=lambda self, layer: {"c": "abc"}), "'describe' gives 'c' as str, not a number"),
+        (broken(describe=lambda self, layer: {3: 1.0}), "'describe' names a constant 3, which can't name"),
+        (summarised(lambda made: made.drop_vars("peak")), "gives no 'peak', nor another variable with role"),
+        (summarised(lambda made: made.transpose("head", "layer")), "a 'peak' that has not 'layer' as its first axis"),
+        (summarised(lambda made: made.assign(peak=made.peak.astype(str))), "'summarize' gives a 'peak' of <U"),
+        (summarised(lambda made: made.assign(peak_curve=made.peak)), "'peak_curve' that is not one number per layer"),
+        (summarised(lambda made: made.drop_vars("depth")), "no coordinate 'depth' of the layers"),
+        (summarised(lambda made: made.assign_attrs(x=object())), "attribute 'x': object can't be stored"),
         (broken(lambda layer: peaks(layer)), "'measure' returned Tensor, but 'dims' declares ['peak']"),
         (broken(lambda layer: {"peek": peaks(layer)}), "'measure' returned ['peek']"),
         (broken(lambda layer: {"peak": 1.0}), "'peak' is a float, not a tensor"),
-        (broken(lambda layer: {"peak": peaks(layer).mean(0)}), "not (image, head)"),
+        (broken(lambda layer: {"peak": peaks(layer).mean(0)}), "'dims' says (image, head)"),
         (broken(lambda layer: {"peak": peaks(layer)[:, :1]}), "but the layer has 3 heads"),
         (broken(lambda layer: {"peak": peaks(layer).long()}), "'peak' is of torch.int64, not floating point"),
         (broken(lambda layer: {"peak": peaks(layer).log().sqrt()}), "'peak' is not finite"),

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from probekit.errors import WatchError
 from probekit.watch import Visitor, Watcher
 
 WIDTH, HEADS, SIDE, PATCH = 24, 3, 4, 8
@@ -408,3 +409,313 @@ def test_rotary_queries() -> None:
     assert (info.prefix, info.grid, info.sites) == (1, (SIDE, SIDE), ("in", "mid", "out"))
     found, _ = collect(watcher, "attention", "head_outputs", "v")
     torch.testing.assert_close(found[0]["head_outputs"].shape, torch.Size((3, HEADS, TOKENS, WIDTH // HEADS)))
+
+
+# ---------------------------------------------------------------------- what is done to a softmax
+
+
+def mixed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Talking heads: each head of the factor is a sum of the softmax's heads, plus a constant."""
+    mix = torch.tensor([[1.2, -0.3, 0.4], [0.1, 0.8, -0.2], [-0.5, 0.3, 0.9]])
+    a = (q @ k.mT).softmax(-1).permute(0, 2, 3, 1)
+    return F.linear(a, mix, torch.full((HEADS,), 0.01)).permute(0, 3, 1, 2) @ v
+
+
+def mixed_keys_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((k @ q.mT).softmax(-2) * torch.tensor([0.5, 0.7, 1.5]).view(3, 1, 1)).mT @ v
+
+
+def sink_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    z = q @ k.mT
+    return torch.cat([torch.ones(*z.shape[:3], 1), z], -1).softmax(-1)[..., 1:] @ v
+
+
+def sink_last(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    z = q @ k.mT
+    return torch.cat([z, torch.ones(*z.shape[:3], 1)], -1).softmax(-1)[..., :-1] @ v
+
+
+def weak_sink(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Rows sum to 0.99: once let through by the plan and then called a bug by the run."""
+    z = q @ k.mT
+    return torch.cat([z, torch.full((*z.shape[:3], 1), -3.0)], -1).softmax(-1)[..., :-1] @ v
+
+
+def differential(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a, b = ((x @ y.mT).softmax(-1) for x, y in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True))
+    return (a - 0.5 * b) @ v
+
+
+def gated_pairs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a = (q @ k.mT).softmax(-1)
+    return (a * torch.linspace(0, 1, a.shape[-1])) @ v
+
+
+def clipped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) * 1.2 - 0.1).clamp(0, 1) @ v
+
+
+def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-2) @ v
+
+
+def normalised_after(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = (q @ k.mT).exp()
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("core", [mixed, mixed_keys_first], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("tokens", ["none", "first"])
+def test_talking_heads_are_the_softmax_before_the_mixing(core: Callable[..., Tensor], tokens: str) -> None:
+    model = ViT(core, tokens=tokens)
+    watcher = Watcher(model, IMAGES)
+    assert {i.note.split(":")[0] for i in watcher.anatomy.layers} == {"talking heads"}
+    found, _ = collect(watcher, "attention_full")
+    for layer, block in zip(found, model.blocks, strict=True):
+        torch.testing.assert_close(layer["attention_full"], own_map(block.attend), rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(
+    "core",
+    [
+        sink_first,
+        sink_last,
+        weak_sink,
+        differential,
+        gated_pairs,
+        clipped,
+        over_queries,
+        normalised_after,
+    ],
+    ids=lambda f: f.__name__,
+)
+@pytest.mark.parametrize("tokens", ["none", "first"])
+def test_what_is_no_mix_of_heads_is_not_measured(core: Callable[..., Tensor], tokens: str) -> None:
+    with pytest.raises(WatchError, match="by rows that don't sum to 1 before the product with v") as refusal:
+        Watcher(ViT(core, tokens=tokens), IMAGES)
+    assert "'blocks.0.attend'" in refusal.value.message
+    assert "--allow-unwatched" in refusal.value.hint
+
+
+def subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    a, b = (fused(x, y, v) for x, y in zip(q.chunk(2, -1), k.chunk(2, -1), strict=True))
+    return a - 0.5 * b
+
+
+def test_heads_of_two_attentions_that_are_subtracted_are_named() -> None:
+    anatomy = Watcher(ViT(subtracted), IMAGES).anatomy
+    assert [i.heads for i in anatomy.layers] == [2 * HEADS] * 2
+    assert all("differential attention" in i.note for i in anatomy.layers)
+    assert "2 layers (first: 'blocks.0.attend') subtract two attentions" in anatomy.warnings[0]
+    assert Watcher(ViT(each_head), IMAGES).anatomy.warnings == ()
+
+
+def in_chunks(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.cat([fused(part, k, v) for part in q.split(4, 2)], 2)
+
+
+def test_queries_in_chunks_are_named() -> None:
+    warnings = Watcher(ViT(in_chunks, tokens="none"), IMAGES).anatomy.warnings
+    assert any("8 layers (first: 'blocks.0.attend') share one run of a module" in w for w in warnings)
+
+
+class Cascade(nn.Module):
+    """EfficientViT's heads: each adds what the one before it gave to its own part of the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        part = WIDTH // HEADS
+        self.qkv = nn.ModuleList(nn.Linear(part, 3 * part) for _ in range(HEADS))
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outs: list[Tensor] = []
+        for part, qkv in zip(x.chunk(HEADS, -1), self.qkv, strict=True):
+            part = part if not outs else outs[-1] + part
+            outs.append(method(*qkv(part).chunk(3, -1)))
+        return self.proj(torch.cat(outs, -1))
+
+
+def test_a_cascade_of_heads_has_no_stream_between_its_heads() -> None:
+    model = ViT(tokens="none")
+    for block in model.blocks:
+        block.attend = Cascade()
+    watcher = Watcher(model, IMAGES)
+    assert [i.sites for i in watcher.anatomy.layers] == [(), (), ("in", "mid", "out")] * 2
+    assert any("6 layers (first: 'blocks.0.attend') share one run" in w for w in watcher.anatomy.warnings)
+    found: dict[str, list[Tensor]] = {}
+    for site in ("in", "mid", "out"):
+        visit = Visitor(
+            frozenset({f"tokens_{site}"}),
+            lambda layer, s=site: (
+                found.setdefault(s, []).append(getattr(layer, f"tokens_{s}").clone())
+                if layer.info.sites
+                else None
+            ),
+        )
+        watcher.run(IMAGES, [visit])
+        for own, block in zip(found[site], model.blocks, strict=True):
+            assert torch.equal(own, block.seen[site])
+
+
+def test_a_loop_over_images_is_named() -> None:
+    def looped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.stack([fused(*one) for one in zip(q, k, v, strict=True)])
+
+    with pytest.raises(
+        WatchError, match=r"the attention in 'blocks.0.attend' is between tokens whose"
+    ) as refusal:
+        Watcher(ViT(looped), IMAGES)
+    assert "a loop over its images" in refusal.value.hint
+
+
+# ---------------------------------------------------------------------- other ways to add
+
+
+class AtOnce(Block):
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        n = self.norm1(x)
+        out = x + (self.attend(n) + self.mlp(n))
+        return out, out, out
+
+
+class ScaledSkip(Block):
+    def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        mid = x * self.gamma + self.attend(self.norm1(x))
+        out = mid * self.gamma + self.mlp(self.norm2(mid))
+        return out, mid, out
+
+
+def with_blocks(kind: type[Block], core: Callable[..., Tensor] = fused) -> ViT:
+    model = ViT(core, tokens="none")
+    model.blocks = nn.ModuleList(kind(Attend(core)) for _ in model.blocks)
+    return model.eval()
+
+
+@pytest.mark.parametrize("core", [fused, method], ids=lambda f: f.__name__)
+def test_attention_and_mlp_that_are_added_at_once_give_the_layers_output(core: Callable[..., Tensor]) -> None:
+    model = with_blocks(AtOnce, core)
+    watcher = Watcher(model, IMAGES)
+    assert [i.sites for i in watcher.anatomy.layers] == [("in", "out")] * 2
+    assert watcher.anatomy.warnings == ()
+    assert [r.site for r in watcher.site_rows()] == ["embed", "out", "out"]
+    found, _ = collect(watcher, "tokens_in", "tokens_out")
+    for layer, block in zip(found, model.blocks, strict=True):
+        assert torch.equal(layer["tokens_in"], block.seen["in"])
+        assert torch.equal(layer["tokens_out"], block.seen["out"])
+
+
+def test_what_is_added_to_the_values_is_no_mlp() -> None:
+    class Local(Attend):  # LePE: a convolution of v beside the attention, and no MLP after it
+        def forward(self, x: Tensor) -> Tensor:
+            q, k, v = self.qkv(x).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)
+            return self.proj((fused(q, k, v) + v * v).transpose(1, 2).flatten(2))
+
+    class NoMlp(Block):
+        def pre(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mid = x + self.attend(self.norm1(x))
+            return mid, mid, mid
+
+    model = with_blocks(NoMlp)
+    for block in model.blocks:
+        block.attend = Local(fused)
+    anatomy = Watcher(model, IMAGES).anatomy
+    assert {i.sites for i in anatomy.layers} == {("in", "mid")}
+    assert "no tokens after the MLP were found in 2 layers" in anatomy.warnings[0]
+
+
+def test_a_scaled_skip_is_followed_to_the_stream() -> None:
+    model = with_blocks(ScaledSkip)
+    watcher = Watcher(model, IMAGES)
+    assert [i.sites for i in watcher.anatomy.layers] == [("mid", "out"), ("in", "mid", "out")]
+    assert "before the attention were found in 1 layers" in watcher.anatomy.warnings[0]
+    seen: dict[str, Tensor] = {}
+
+    def visit(layer) -> None:
+        for site in layer.info.sites:
+            seen[f"{layer.info.index}.{site}"] = getattr(layer, f"tokens_{site}").clone()
+
+    watcher.run(IMAGES, [Visitor(frozenset({"tokens_in", "tokens_mid", "tokens_out"}), visit)])
+    assert len(seen) == 5
+    for place, tokens in seen.items():
+        index, site = place.split(".")
+        assert torch.equal(tokens, model.blocks[int(index)].seen[site])
+
+
+# ---------------------------------------------------------------------- keys that are no tokens
+
+
+@pytest.mark.parametrize("tokens", ["none", "first"])
+def test_learned_keys_count_as_mass_beside_the_patches(tokens: str) -> None:
+    extra = torch.randn(1, HEADS, 1, WIDTH // HEADS, generator=torch.Generator().manual_seed(5))
+
+    def null_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        k, v = (torch.cat([extra.expand(len(t), -1, -1, -1), t], 2) for t in (k, v))
+        return fused(q, k, v)
+
+    model = ViT(null_key, tokens=tokens)
+    found, _ = collect(Watcher(model, IMAGES), "prefix_mass")
+    first = len(PLACES[tokens])
+    for layer, block in zip(found, model.blocks, strict=True):
+        q, k = block.attend.seen["q"], block.attend.seen["k"]
+        full = (q @ torch.cat([extra.expand(len(k), -1, -1, -1), k], 2).mT).softmax(-1)
+        expected = full[:, :, first:, : 1 + first].sum(-1).mean(-1)
+        torch.testing.assert_close(layer["prefix_mass"], expected, rtol=0, atol=1e-6)
+
+
+# ---------------------------------------------------------------------- maps that lie otherwise
+
+
+class TokensToToken(ViT):
+    """T2T: overlapping patches by F.unfold with padding."""
+
+    def embed(self, images: Tensor) -> Tensor:
+        x = F.unfold(images, PATCH + 3, padding=2, stride=PATCH)
+        return F.linear(x.mT, torch.randn(WIDTH, x.shape[1], generator=torch.Generator().manual_seed(1)))
+
+
+def test_padded_unfold_keeps_the_places() -> None:
+    info = Watcher(TokensToToken(), IMAGES).anatomy.layers[0]
+    centres = torch.arange(SIDE) * PATCH + (PATCH + 3) / 2 - 2
+    expected = torch.cartesian_prod(centres, centres)
+    assert (info.role, info.grid, info.padded) == ("tokens", (SIDE, SIDE), 0)
+    torch.testing.assert_close(torch.from_numpy(info.positions).float(), expected)
+
+
+class Transposed(ViT):
+    def __init__(self, when: str):
+        super().__init__(tokens="none")
+        self.when, self.deeper = when, nn.Conv2d(WIDTH, WIDTH, 3, 1, 1)
+
+    def embed(self, images: Tensor) -> Tensor:
+        if self.when == "the image":
+            x = self.patch(images.mT)
+        elif self.when == "the map":
+            x = self.deeper(self.patch(images).mT)
+        else:
+            x = self.patch(F.interpolate(images.mT, scale_factor=1.0))
+        return x.flatten(2).mT
+
+
+@pytest.mark.parametrize("when", ["the image", "the map", "an interpolated image"])
+def test_a_transposed_grid_keeps_its_places(when: str) -> None:
+    images = torch.randn(2, 3, SIDE * PATCH, (SIDE + 2) * PATCH)
+    model = Transposed(when)
+    model.positions = nn.Parameter(torch.zeros(1, SIDE * (SIDE + 2), WIDTH))
+    watcher = Watcher(model, images)
+    info = watcher.anatomy.layers[0]
+    assert (info.role, info.grid, info.stride) == ("tokens", (SIDE, SIDE + 2), (PATCH, PATCH))
+    found, _ = collect(watcher, "tokens_in", images=images)
+    own = model.blocks[0].seen["in"].unflatten(1, (SIDE + 2, SIDE)).transpose(1, 2).flatten(1, 2)
+    assert torch.equal(found[0]["tokens_in"], own)
+
+
+def test_tokens_of_one_place_are_not_channels() -> None:
+    class Learner(ViT):  # each token is a mix of all patches: all stand in the middle
+        def embed(self, images: Tensor) -> Tensor:
+            x = super().embed(images)
+            weights = torch.rand(TOKENS, TOKENS, generator=torch.Generator().manual_seed(1))
+            return F.linear(x.mT, weights).mT
+
+    with pytest.raises(WatchError, match="between tokens whose places could not be traced"):
+        Watcher(Learner(tokens="none"), IMAGES)

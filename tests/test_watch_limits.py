@@ -344,8 +344,8 @@ def direct(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     [
         (hidden_attention, "goes through the custom operator 'probekit_tests.hidden_attention"),
         (lambda q, k, v: packed_attention(torch.stack([q, k, v])), "ran, but no attention was seen in it"),
-        (linear_attention, "weighs tokens by scores that don't sum to 1: not softmax attention"),
-        (unnormalised, "weighs tokens by scores that don't sum to 1: not softmax attention"),
+        (linear_attention, "weighs tokens by rows that don't sum to 1 before the product with v"),
+        (unnormalised, "weighs tokens by rows that don't sum to 1 before the product with v"),
         (without_product, "takes a softmax between tokens, but not as a matrix of attention"),
         (through_numpy, "can't be seen"),
         (direct, "torch's 'scaled_dot_product_attention.default'"),

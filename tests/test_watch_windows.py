@@ -264,7 +264,7 @@ def test_positions_are_patch_centres_in_raster_order() -> None:
             14,
         ),
         ("mobilevitv2_050", 64, "attention module 'stages.2.1.transformer.0.attn'", 0),
-        ("efficientvit_b0", 64, "weighs tokens by scores that don't sum to 1: not softmax attention", 0),
+        ("efficientvit_b0", 64, "weighs tokens by rows that don't sum to 1 before the product with v", 0),
         (
             "swiftformer_xs",
             64,

@@ -23,6 +23,7 @@ _INTERPOLATION = {0: "nearest", 2: "bilinear", 3: "bicubic"}  # PIL's numbers
 _HEAD = re.compile(
     r"(\w*classifier|decoder|lm_head|head|\w+\.pooler|pooler)\b"
 )  # what files hold beyond the encoder
+_BESIDE_VISION = re.compile(r"text_|visual_projection\b|logit_")  # of a model of images and text
 _POOLER = "pooler."  # a head of its own that no layer's numbers pass through; absent from many files
 
 
@@ -32,6 +33,7 @@ def build(variant: str, *, weights: str | Path, image_size: tuple[int, int] | No
     variant:    a repository ("facebook/vit-mae-base") or a folder
     weights:    "published" (the repository's), "random" (from its config alone), or the path of a
                 checkpoint or folder for that config
+    Of a model of images and text (CLIP, SigLIP) it is the vision tower.
     image_size: (rows, columns); the position embeddings are interpolated where the model can
     Attention goes through `scaled_dot_product_attention` where the model can, by hand otherwise.
     Remote code is never run. Raises UsageError, PluginError (transformers isn't installed),
@@ -41,17 +43,21 @@ def build(variant: str, *, weights: str | Path, image_size: tuple[int, int] | No
     with hub(), _quiet(transformers):
         config = _asked(variant, transformers.AutoConfig.from_pretrained, variant, trust_remote_code=False)
         _check_vision(config, variant)
+        paired = hasattr(config, "text_config") and hasattr(config, "vision_config")
+        if paired:
+            config = _vision_tower(transformers, config, variant)
         masked = hasattr(config, "mask_ratio")
         if masked:
             config.mask_ratio = 0.0
         own = weights if isinstance(weights, Path) else None
         folder = str(own) if own is not None and own.is_dir() else variant
         if own is not None and not own.is_dir():
-            module = _pretrained(transformers, str(own), config, own_state(own))
+            module = _pretrained(transformers, str(own), config, own_state(own), paired=paired)
         elif weights == "random":
             module = _from_config(transformers, config)
         else:
-            module = _pretrained(transformers, folder, config)
+            module = _pretrained(transformers, folder, config, paired=paired)
+        _check_input(module, variant)
         preprocessing = _preprocessing(transformers, variant, config)
     if image_size is not None:
         _check_size(module, config, image_size, variant)
@@ -122,6 +128,39 @@ def _check_vision(config: Any, variant: str) -> None:
         )
 
 
+def _vision_tower(transformers: Any, config: Any, variant: str) -> Any:
+    """The part of a model of images and text that takes images. Raises `UsageError` where it is no model."""
+    tower = config.vision_config
+    if type(tower) not in transformers.MODEL_MAPPING:
+        raise UsageError(
+            f"'hf:{variant}' is a '{config.model_type}', whose vision tower transformers can't build alone",
+            hint="name a builder of your own that takes it out: pkg.module:callable",
+        )
+    tower.name_or_path = variant
+    return tower
+
+
+def _check_input(module: nn.Module, variant: str) -> None:
+    """Raises `UsageError` where a batch of images is not all that the model needs."""
+    name = getattr(module, "main_input_name", "pixel_values")
+    kind = type(module).__name__
+    if name != "pixel_values":
+        what = "videos" if "video" in name else f"'{name}'"
+        raise UsageError(f"'hf:{variant}' is a '{kind}', which takes {what}, no images")
+    if hasattr(module.config, "num_frames"):
+        raise UsageError(f"'hf:{variant}' is a '{kind}', which takes videos, no images")
+    required = [
+        p.name
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    if more := [n for n in required if n != name]:
+        raise UsageError(
+            f"'hf:{variant}' is a '{kind}', which needs '{more[0]}' beside the images",
+            hint="name a builder of your own that makes it from them: pkg.module:callable",
+        )
+
+
 def _with_attention(make: Any) -> nn.Module:
     """Through the fused call where the class has one: it is watched as well, and faster."""
     try:
@@ -142,9 +181,11 @@ def _from_config(transformers: Any, config: Any) -> nn.Module:
 
 
 def _pretrained(
-    transformers: Any, source: str, config: Any, state: dict[str, Tensor] | None = None
+    transformers: Any, source: str, config: Any, state: dict[str, Tensor] | None = None, *, paired: bool
 ) -> nn.Module:
     """From a repository, a folder, or `state`; refused where a weight would stay random.
+
+    paired: `config` is the vision tower's of a model of images and text
 
     transformers itself renames keys of older versions and strips or adds the prefix of a model with
     a head; what it reports as missing, unexpected or of another shape is ours to refuse.
@@ -169,7 +210,11 @@ def _pretrained(
     module, info = _asked(source, _with_attention, make)
     problems = {
         "missing": [str(key) for key in info["missing_keys"] if not str(key).startswith(_POOLER)],
-        "unexpected": [key for key in map(str, info["unexpected_keys"]) if not _HEAD.match(key)],
+        "unexpected": [
+            key
+            for key in map(str, info["unexpected_keys"])
+            if not _HEAD.match(key) and not (paired and _BESIDE_VISION.match(key))
+        ],
         "of another shape": [
             f"{key} {tuple(have)} where the model has {tuple(want)}"
             for key, have, want in info["mismatched_keys"]
@@ -239,10 +284,11 @@ def _forward(module: nn.Module, config: Any, image_size: tuple[int, int] | None,
     keeps them in the image's order.
     """
     options: dict[str, Any] = {}
+    first = next(iter(inspect.signature(module.forward).parameters))
     if image_size is not None and _accepts(module, "interpolate_pos_encoding"):
         options["interpolate_pos_encoding"] = True
     noisy = masked and _accepts(module, "noise")
-    if not options and not noisy:
+    if not options and not noisy and first == "pixel_values":
         return None
     rows, columns = _patch(config) or (1, 1)
 
@@ -251,7 +297,7 @@ def _forward(module: nn.Module, config: Any, image_size: tuple[int, int] | None,
             count = (images.shape[-2] // rows) * (images.shape[-1] // columns)
             ascending = torch.arange(count, dtype=torch.float32, device=images.device)
             options["noise"] = ascending.expand(images.shape[0], -1)
-        return module(images, **options)
+        return module(pixel_values=images, **options)
 
     return forward
 

@@ -79,13 +79,13 @@ def _names(module: nn.Module, mode: Discovery, ran: dict[str, nn.Module]) -> Ite
 
     def entering(name: str, m: nn.Module) -> Callable:
         def hook(*_: Any) -> None:  # a value returned here would replace the module's input
-            mode.path.append(name)
+            mode.enter(name)
             ran.setdefault(name, m)
 
         return hook
 
     def leaving(_: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        path = mode.path.pop()
+        path = mode.leave()
         shapes = {t.shape for t in tensors_of((args, kwargs)) if mode.tracked(t)}
         lost = [t for t in tensors_of(out) if t.shape in shapes and not mode.tracked(t)]
         if lost and not any(mode.tracked(t) for t in tensors_of(out)):

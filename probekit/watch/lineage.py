@@ -43,16 +43,39 @@ exp(-100 + their spread): 1.5e-11 with the largest scale that Swin V2 allows, 10
 most of them: regions are connected parts, so a pair that peaked heads leave out is still joined through
 others, while most heads of that scale leave out too many."""
 
+_SCALED = frozenset(("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"))
+"""Calls that may scale the stream by a parameter."""
+
+_SUBTRACTED = frozenset(("sub", "sub_", "subtract", "__sub__", "__isub__"))
+
+_MIXED = {torch.float32: 1e-2, torch.float64: 1e-2}
+"""How much of a factor's spread a mix of the softmax's heads may leave unexplained; 5e-2 in lower precision.
+Rounding of float32 leaves 1e-4 of it where attention is all but uniform."""
+
+_SAMPLE = (2, 32)
+"""Images (or windows) and queries of a softmax that are kept to compare with what the model makes of it."""
+
 _SILENT_QUESTIONS = frozenset({"size", "dim", "__len__", "is_floating_point", "numel"})
 
 
 @dataclass(frozen=True)
 class _Softmax:
-    """A softmax over token-to-token scores: its ordinal, module, and `where` its result's elements are."""
+    """A softmax over token-to-token scores.
+
+    where:  where its result's elements are
+    axes:   its axes in the order (image, head, query, key), normalised along the last; None where they
+            aren't these four
+    turned: its scores were made as k q^T
+    sample: some rows of it, as `_sampled` cuts them
+    """
 
     ordinal: int
     path: str
     where: Where
+    axes: tuple[int, ...] | None
+    turned: bool
+    sizes: tuple[int, ...]
+    sample: Tensor | None
 
     @property
     def of_tokens(self) -> bool:
@@ -67,6 +90,8 @@ class Discovery(TorchFunctionMode):
         super().__init__()
         self.record = Record()
         self.path: list[str] = []
+        self._runs: list[int] = []
+        self._run_count = 0
         self._nodes: Any = WeakTensorKeyDictionary()
         self._where: Any = WeakTensorKeyDictionary()
         self._products: dict[int, tuple[int, Contraction, Where, Where]] = {}
@@ -74,13 +99,24 @@ class Discovery(TorchFunctionMode):
         self._nodes[images] = self._new_node([], 0)
         self._where[images] = positions.of_image(images)
 
-    def _new_node(self, parents: Sequence[int], calls: int) -> int:
+    def enter(self, path: str) -> None:
+        """A module starts to run."""
+        self._run_count += 1
+        self.path.append(path)
+        self._runs.append(self._run_count)
+
+    def leave(self) -> str:
+        """The running module ends; its path."""
+        self._runs.pop()
+        return self.path.pop()
+
+    def _new_node(self, parents: Sequence[int], calls: int, base: int | None = None) -> int:
         number = len(self.record.nodes)
         ancestors = 1 << number
         for parent in parents:
             ancestors |= self.record.nodes[parent].ancestors
             calls |= self.record.nodes[parent].calls
-        self.record.nodes.append(Node(ancestors, calls))
+        self.record.nodes.append(Node(ancestors, calls, number if base is None else base))
         return number
 
     def tracked(self, value: Any) -> bool:
@@ -112,7 +148,11 @@ class Discovery(TorchFunctionMode):
             return out
         number = len(self.record.nodes)
         call = self._attention(kind, ordinal, name, args, kwargs)
-        node = self._new_node(parents, 1 << call.number if call else 0)
+        scaled = name in _SCALED and len(inputs) == 1 and inputs[0].shape == outputs[0].shape
+        base = self.record.nodes[parents[0]].base if scaled else None
+        node = self._new_node(parents, 1 << call.number if call else 0, base)
+        if name in _SUBTRACTED and len(parents) == 2:
+            self.record.subtracted.append((parents[0], parents[1]))
         where = self._positions(call, name, func, args, kwargs, out, number)
         found = where if isinstance(where, tuple) else (where,) * len(outputs)
         for tensor, place in zip(outputs, found, strict=False):
@@ -199,7 +239,21 @@ class Discovery(TorchFunctionMode):
                 return
             where = Where(nowhere(out), where.rows, node)  # learned queries: places of the keys alone
             self._where[out] = where
-        self._softmaxes[node] = _Softmax(ordinal, self.here, where)
+        turned, axes = False, None
+        if isinstance(dim, int):
+            turned = _moves(where.rows, dim) and not _moves(where.keys, dim)
+            axes = _map_axes(replace(where, rows=where.keys, keys=where.rows) if turned else where)
+            axes = axes if axes is not None and axes[-1] == dim % out.dim() else None
+        maps = out.permute(axes) if axes is not None else None
+        self._softmaxes[node] = _Softmax(
+            ordinal,
+            self.here,
+            where,
+            axes,
+            turned,
+            tuple(maps.shape) if maps is not None else (),
+            _sampled(maps) if maps is not None else None,
+        )
 
     # ------------------------------------------------------------------ attention
 
@@ -223,7 +277,19 @@ class Discovery(TorchFunctionMode):
                 queries = keys if shared else queries
         number, node = len(self.record.calls), len(self.record.nodes)
         call = Call(
-            kind, ordinal, self.here, number, node, asks, queries, keys, lead, allowed, shared=shared, **more
+            kind,
+            ordinal,
+            self.here,
+            number,
+            node,
+            asks,
+            queries,
+            keys,
+            lead,
+            allowed,
+            shared=shared,
+            run=self._runs[-1] if self._runs else 0,
+            **more,
         )
         self.record.calls.append(call)
         return call
@@ -248,7 +314,22 @@ class Discovery(TorchFunctionMode):
 
         places = [self._token_positions(t) for t in (query, key)]
         q, k = (tuple(map(spread, p)) if p else None for p in places)
-        return self._call("fused", ordinal, self._nodes.get(query, 0), q, k, given.probabilities)
+        value = args[2] if len(args) > 2 else kwargs["value"]
+        return self._call(
+            "fused",
+            ordinal,
+            self._nodes.get(query, 0),
+            q,
+            k,
+            given.probabilities,
+            values=self._nodes.get(value),
+            over_channels=self._features_move(query),
+        )
+
+    def _features_move(self, query: Tensor) -> bool:
+        """Whether the features of a query are of several places: then it is a channel, and no token."""
+        where = self._where.get(query)
+        return where is not None and _moves(where.rows, -1)
 
     def _mha(self, ordinal, args, kwargs) -> Call:
         bound = bind_mha(args, kwargs)
@@ -265,6 +346,7 @@ class Discovery(TorchFunctionMode):
             tuple(map(split, q)) if q else None,
             tuple(map(split, k)) if k else None,
             mha_arguments(bound).probabilities,
+            over_channels=self._features_move(bound["query"]),
         )
 
     def _explicit(self, ordinal, name, args, kwargs) -> Call | None:
@@ -284,12 +366,14 @@ class Discovery(TorchFunctionMode):
         maps = factor.permute(order)
         softmax, note = None, ""
         if not _row_stochastic(maps):
-            found = self._softmax_behind(self._nodes[factor], where.scores)
+            found = self._softmax_behind(factor, where, order)
             if found is None:
                 self.record.unnormalised.append(self.here)
                 return None
             softmax, note = found, "talking heads: the softmax's own output, before heads are mixed"
         rows, keys = (tuple(t.permute(order) for t in channel) for channel in (where.rows, where.keys))
+        _, product, asking, _ = self._products.get(where.scores, (0, None, None, None))
+        summed = [product.left.index(c) for c in product.summed] if product is not None else []
         return self._call(
             "explicit",
             ordinal,
@@ -300,6 +384,8 @@ class Discovery(TorchFunctionMode):
             form=form,
             map_first=first,
             map_node=self._nodes[factor],
+            values=self._nodes.get(form.b if first else form.a),
+            over_channels=any(_moves(asking.rows, axis) for axis in summed),
             scores=self._score_product(where),
             softmax=softmax,
             note=note,
@@ -323,22 +409,32 @@ class Discovery(TorchFunctionMode):
             return None
         return ScoreProduct(ordinal, form, lead, keys_first=where.turned)
 
-    def _softmax_behind(self, node: int, scores: int) -> tuple[int, tuple[int, ...]] | None:
-        """The softmax over the scores of node `scores` that `node` was made of: its ordinal and axes."""
-        nodes = self.record.nodes
-        found = [n for n in self._softmaxes if nodes[node].ancestors >> n & nodes[n].ancestors >> scores & 1]
-        if not found:
+    def _softmax_behind(
+        self, factor: Tensor, where: Where, order: Sequence[int]
+    ) -> tuple[int, tuple[int, ...]] | None:
+        """The softmax whose heads were mixed into a product's factor: its ordinal and axes.
+
+        None where the model did anything else to it (subtracted another, cut a sink off, clamped it): its
+        rows are not what the values are weighed by. order: the factor's axes, queries and keys last
+        """
+        nodes, node = self.record.nodes, self._nodes[factor]
+        found = [
+            s
+            for n, s in self._softmaxes.items()
+            if nodes[node].ancestors >> n & nodes[n].ancestors >> where.scores & 1
+        ]
+        axes = _map_axes(where)
+        if len(found) != 1 or axes is None or axes[2:] != tuple(order[-2:]):
             return None
-        softmax = self._softmaxes[max(found)]
-        where = softmax.where
-        axes = range(len(where.shape))
-        query = [i for i in axes if _moves(where.rows, i)]
-        key = [i for i in axes if _moves(where.keys, i)]
-        image = [i for i in axes if varies(where.rows[0], i)]
-        head = [i for i in axes if i not in (*query, *key, *image)]
-        if any(len(found) != 1 for found in (query, key, image, head)):
+        softmax, maps = found[0], factor.permute(axes)
+        images, _, queries, keys = maps.shape
+        if softmax.axes is None or softmax.turned != where.turned:
             return None
-        return softmax.ordinal, (*image, *head, *query, *key)
+        if (softmax.sizes[0], *softmax.sizes[2:]) != (images, queries, keys):
+            return None
+        if not _is_mix(_sampled(maps), softmax.sample):
+            return None
+        return softmax.ordinal, softmax.axes
 
     # ------------------------------------------------------------------ additions
 
@@ -396,8 +492,45 @@ def _spread(t: Tensor, letters: str, out: str, shape: torch.Size) -> Tensor:
     return t.permute(kept)[index].expand(shape)
 
 
+def _map_axes(where: Where) -> tuple[int, ...] | None:
+    """Axes of a map in the order (image, head, query, key); None where it has others, or lacks one."""
+    axes = range(len(where.shape))
+    query = [i for i in axes if _moves(where.rows, i)]
+    key = [i for i in axes if _moves(where.keys, i)]
+    image = [i for i in axes if varies(where.rows[0], i)]
+    head = [i for i in axes if i not in (*query, *key, *image)]
+    if any(len(found) != 1 for found in (query, key, image, head)):
+        return None
+    return (*image, *head, *query, *key)
+
+
+def _sampled(maps: Tensor) -> Tensor:
+    """A copy of some rows of (image, head, query, key), evenly spread over images and queries."""
+    for axis, most in zip((0, 2), _SAMPLE, strict=True):
+        n = maps.size(axis)
+        maps = maps.index_select(axis, torch.linspace(0, n - 1, min(n, most), device=maps.device).long())
+    return maps
+
+
+def _is_mix(maps: Tensor, heads: Tensor) -> bool:
+    """Whether each head of `maps` is one weighted sum of `heads`, plus a constant, at every pair."""
+    y, x = (t.movedim(1, -1).flatten(0, -2).cpu().double() for t in (maps, heads))
+    x, y = x - x.mean(0), y - y.mean(0)
+    if len(x) <= 2 * x.size(1) or not bool(x.isfinite().all() & y.isfinite().all()):
+        return False  # any factor would fit, or none
+    left = y - x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
+    return bool((left.norm(dim=0) <= _MIXED.get(maps.dtype, 5e-2) * y.norm(dim=0) + 1e-6).all())
+
+
+def row_tolerance(maps: Tensor) -> float:
+    """How far from 1 rows of probabilities may sum to, by their precision."""
+    return 2e-2 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-3
+
+
 def _row_stochastic(maps: Tensor) -> bool:
     if not maps.is_floating_point():
         return False
     total = maps.sum(-1, dtype=torch.float32)
-    return bool((maps.amin() > -1e-5) & ((total - 1).abs().amax() < 2e-2))
+    if bool(total.isnan().any()):
+        return True  # nobody knows; the run says that attention is NaN
+    return bool((maps.amin() > -1e-5) & ((total - 1).abs().amax() < row_tolerance(maps)))

@@ -18,7 +18,7 @@ from probekit.metric import Row
 from probekit.watch.attention_calls import bind_mha, fused_arguments, mha_arguments, mha_output
 from probekit.watch.contraction import Contraction, contraction
 from probekit.watch.geometry import Lead
-from probekit.watch.lineage import KINDS
+from probekit.watch.lineage import KINDS, row_tolerance
 from probekit.watch.plan import LayerPlan, Plan, Tap
 from probekit.watch.record import Call
 
@@ -365,8 +365,8 @@ def _verify(plan: LayerPlan, got: Mapping[str, Any], windows: int, expected: Ten
             f"attention of '{plan.info.name}' is NaN or infinite",
             hint="the weights are not finite, or the forward pass overflows: --dtype float32 or bfloat16",
         )
-    low = any(t is not None and t.dtype in (torch.float16, torch.bfloat16) for t in cut.values())
-    if not bool(((total - 1).abs() < (2e-2 if low else 1e-3)).logical_or(total == 0).all()):
+    tolerance = max(row_tolerance(t) for t in cut.values() if t is not None)
+    if not bool(((total - 1).abs() < tolerance).logical_or(total == 0).all()):
         raise WatchError(
             f"attention rows of '{plan.info.name}' don't sum to 1",
             hint="report this model as a bug of probekit",

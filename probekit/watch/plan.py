@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -29,21 +30,30 @@ class Tap:
 class Residual:
     """The addition of a layer's attention to the stream.
 
-    before: which of its operands is the stream the queries came from; None where that was pooled or
-            projected on the way, so that the layer has no token tensor before it
+    before: which of its operands is the stream the queries came from; None where it was scaled, pooled or
+            projected on the way
+    stream: node of that stream; None where it was pooled or projected, so that the layer has no token
+            tensor before it
+    whole:  the attention and the MLP beside it are added at once: the result is the layer's output
     """
 
     add: Add
     before: int | None
+    stream: int | None
+    whole: bool = False
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: its calls (several where heads are separate calls) and its token tensors."""
+    """One layer: its calls (several where heads are separate calls) and its token tensors.
+
+    scaled: the stream is scaled on its way to the addition of the attention (MetaFormer)
+    """
 
     info: LayerInfo
     calls: tuple[Call, ...]
     taps: Mapping[str, Tap]
+    scaled: bool
 
     @property
     def captures(self) -> frozenset[str]:
@@ -76,22 +86,37 @@ def make_plan(name: str, record: Record, declared_parts: Mapping[str, str]) -> P
                 {"name": call.path, "why": "class attention or pooling: its queries are no patches"}
             )
         else:
-            drafts.append((call, role, _residual(record, call)))
+            found = _residual(record, call)
+            drafts.append((call, role, None if found and _between_heads(record, call, found) else found))
     layers: list[LayerPlan] = []
     streams: set[int] = set()
     for calls, role, found in _merged(record, drafts):
         out = _after_mlp(record, found) if found else None
+        if found and out is None:
+            found = replace(found, whole=_has_mlp_beside(record, calls[0], found))
         plan = _layer(record, len(layers), calls, role, found, out, declared_parts)
         starts = _starts(plan.info, layers, found, streams)
         layers.append(replace(plan, info=replace(plan.info, starts=starts)))
         streams |= {add.result for add in ((found.add, out) if found else ()) if add is not None}
     if not any(p.info.role != "untraced" for p in layers):
-        at, op = next(iter(record.lost.items()), ("", ""))
-        lost = f"; the trail of its tokens is lost at '{op}' in '{at}'" if layers and op else ""
-        raise WatchError(f"no attention between tokens was found in '{name}'{lost}")
+        raise _nothing_found(name, record, layers)
     layers = [replace(p, info=replace(p.info, stage=s)) for p, s in zip(layers, _stages(layers), strict=True)]
     warnings = (*_warnings(layers), *_misplaced(record, layers))
     return Plan(tuple(layers), tuple(others), warnings, dict(record.counts))
+
+
+def _nothing_found(name: str, record: Record, layers: Sequence[LayerPlan]) -> WatchError:
+    text = f"no attention between tokens was found in '{name}'"
+    if not layers:
+        return WatchError(text)
+    first = layers[0].calls[0]
+    text += f": the attention in '{first.path or name}' is between tokens whose places could not be traced"
+    if record.lost:
+        at, op = next(iter(record.lost.items()))
+        return WatchError(f"{text}; the trail is lost at '{op}' in '{at}'")
+    return WatchError(
+        text, hint="attend to the whole batch in one call: a loop over its images can't be watched"
+    )
 
 
 def _role(call: Call) -> Role | None:
@@ -104,7 +129,7 @@ def _role(call: Call) -> Role | None:
     q_places, numbers = raster(queries)
     k_places = raster(keys)[0]
     if len(q_places) == 1 and (numbers >= 0).sum() > 1:
-        return "channels"
+        return "channels" if call.over_channels else "untraced"
     if not len(k_places) or (numbers >= 0).sum() != len(q_places):
         return "untraced"  # a token that asks in two windows has no one map
     return "tokens" if np.array_equal(q_places, k_places) else "pooled keys"
@@ -131,11 +156,14 @@ def _residual(record: Record, call: Call) -> Residual | None:
         if sum(after) != 1 or (add.result >= limit and found is not None):
             continue
         skip = after.index(0)
-        if nodes[call.asks].ancestors >> add.nodes[skip] & 1:
+        asked = nodes[call.asks].ancestors
+        plain = bool(asked >> add.nodes[skip] & 1)
+        stream = add.nodes[skip] if plain else nodes[add.nodes[skip]].base
+        if asked >> stream & 1:
             if add.where is None or add.layouts[2] is not None:
-                found = Residual(add, skip)
+                found = Residual(add, skip if plain else None, stream)
         elif add.result < limit and _at_queries(add, call):
-            pooled = Residual(add, None)
+            pooled = Residual(add, None, None)
     if found is not None and found.add.result > limit and pooled is not None:
         return pooled
     return found or pooled
@@ -144,6 +172,49 @@ def _residual(record: Record, call: Call) -> Residual | None:
 def _follows(record: Record, a: int, b: int) -> bool:
     """Whether one of two nodes descends from the other."""
     return bool(record.nodes[b].ancestors >> a & 1 or record.nodes[a].ancestors >> b & 1)
+
+
+def _between_heads(record: Record, call: Call, found: Residual) -> bool:
+    """Whether the addition hands one head's output on to the next (EfficientViT): that is no stream.
+
+    Later attention of the same run of a module descends from it, and the stream goes around all of them.
+    """
+    nodes = record.nodes
+    own = [c for c in record.calls if c.run == call.run]
+    later = [c.node for c in own if c is not call and nodes[c.node].ancestors >> found.add.result & 1]
+    calls = sum(1 << c.number for c in own)
+    for add in record.adds if later else ():
+        after = [nodes[n].calls >> call.number & 1 for n in add.nodes]
+        if add.result < min(later) or sum(after) != 1:
+            continue
+        skip = add.nodes[after.index(0)]
+        between = nodes[add.result].calls & ~nodes[skip].calls
+        if nodes[call.asks].ancestors >> skip & 1 and not between & ~calls:
+            return True
+    return False
+
+
+def _has_mlp_beside(record: Record, call: Call, found: Residual) -> bool:
+    """Whether something that comes from the stream, but not from q, k or v, was added to the attention
+    before the stream was: x + (attention + MLP)."""
+    if found.before is None:
+        return False
+    nodes = record.nodes
+    branch = nodes[found.add.nodes[found.before ^ 1]].ancestors
+    for add in record.adds:
+        after = [nodes[n].calls >> call.number & 1 for n in add.nodes]
+        if sum(after) != 1 or not branch >> add.result & 1:
+            continue
+        other = add.nodes[after.index(0)]
+        source, asked = nodes[other].ancestors, nodes[call.asks].ancestors
+        if not source >> found.stream & 1 or asked >> other & 1:
+            continue
+        if call.values is None:
+            return True
+        # v itself on another way (LePE) shares with v what q does not come from
+        if not source >> call.values & 1 and not source & nodes[call.values].ancestors & ~asked:
+            return True
+    return False
 
 
 def _at_queries(add: Add, call: Call) -> bool:
@@ -170,7 +241,7 @@ def _after_mlp(record: Record, found: Residual) -> Add | None:
 
 def _next_addition(record: Record, found: Residual) -> Add | None:
     mid, nodes = found.add, record.nodes
-    before = mid.nodes[found.before] if found.before is not None else None
+    before = found.stream
     start = next(i for i, add in enumerate(record.adds) if add is mid)
     fallback = None
     for add in record.adds[start + 1 :]:
@@ -180,7 +251,7 @@ def _next_addition(record: Record, found: Residual) -> Add | None:
             continue
         ancestors = [nodes[n].ancestors for n in add.nodes]
         if all(a >> mid.result & 1 for a in ancestors):
-            if mid.result in add.nodes:
+            if mid.result in add.nodes or mid.result in [nodes[n].base for n in add.nodes]:
                 return add
             if _follows(record, *add.nodes):
                 fallback = fallback or add
@@ -204,6 +275,16 @@ def _merged(record: Record, drafts: Sequence[tuple]) -> list[tuple]:
                 continue
         merged.append(((call,), role, found))
     return merged
+
+
+_SUBTRACTED = "differential attention: the heads of both softmaxes, whose results are subtracted"
+
+
+def _subtracted(record: Record, calls: Sequence[Call]) -> bool:
+    """Whether the results of some of the calls are subtracted from those of others."""
+    every = sum(1 << c.number for c in calls)
+    sides = ([record.nodes[n].calls & every for n in pair] for pair in record.subtracted)
+    return any(a and b and not a & b for a, b in sides)
 
 
 def _same_places(a: Call, b: Call) -> bool:
@@ -241,7 +322,7 @@ def _layer(
         windows = call.lead.windows
     taps: dict[str, Tap] = {}
     width = None
-    for capture, add, operand in _token_tensors(found, out):
+    for capture, add, operand in _token_tensors(record, found, out):
         layout = add.layouts[2 if operand is None else operand]
         if layout is None or (positions is not None and not np.array_equal(layout[1], positions)):
             continue
@@ -275,17 +356,22 @@ def _layer(
         padded=padded,
         masked=masked,
         sites=sites,
-        note=call.note,
+        note=_SUBTRACTED if _subtracted(record, calls) else call.note,
     )
-    return LayerPlan(info, calls, taps)
+    scaled = found is not None and found.before is None and found.stream is not None
+    return LayerPlan(info, calls, taps, scaled)
 
 
-def _token_tensors(found: Residual | None, out: Add | None) -> Iterator[tuple[str, Add, int | None]]:
+def _token_tensors(
+    record: Record, found: Residual | None, out: Add | None
+) -> Iterator[tuple[str, Add, int | None]]:
     if found is None:
         return
     if found.before is not None:
         yield "tokens_in", found.add, found.before
-    yield "tokens_mid", found.add, None
+    else:  # a scaled skip: the stream itself, where an addition made it
+        yield from (("tokens_in", add, None) for add in record.adds if add.result == found.stream)
+    yield "tokens_out" if found.whole else "tokens_mid", found.add, None
     if out is not None:
         yield "tokens_out", out, None
 
@@ -310,11 +396,11 @@ def _part(path: str, declared: Mapping[str, str]) -> str:
 
 def _starts(info: LayerInfo, layers: Sequence[LayerPlan], found: Residual | None, streams: set[int]) -> bool:
     """Whether the tokens before a layer are a site of their own: nobody's result, and the first so shaped."""
-    if found is None or found.before is None:
+    if found is None or found.stream is None:
         return False
     shape = (info.part, info.grid, info.width)
     known = [p.info for p in layers if (p.info.part, p.info.grid, p.info.width) == shape]
-    return found.add.nodes[found.before] not in streams and not any("mid" in i.sites for i in known)
+    return found.stream not in streams and not any("mid" in i.sites for i in known)
 
 
 def _stages(layers: Sequence[LayerPlan]) -> list[int]:
@@ -343,7 +429,24 @@ def _warnings(layers: Sequence[LayerPlan]) -> Iterator[str]:
         lambda p: p.info.padded, "{} attend to padding; padded keys are dropped and rows renormalised"
     )
     yield from those(lambda p: p.info.role == "untraced", "token positions could not be traced in {}")
-    yield from those(lambda p: "tokens_mid" not in p.taps, "no residual addition was found around {}")
+    found = [p for p in layers if {"tokens_mid", "tokens_out"} & p.taps.keys()]
+    yield from those(lambda p: p not in found, "no residual addition was found around {}")
+    yield from those(
+        lambda p: p.scaled and "tokens_in" not in p.taps,
+        "no tokens before the attention were found in {}: their skip is scaled",
+    )
+    yield from those(
+        lambda p: p in found and "tokens_out" not in p.taps, "no tokens after the MLP were found in {}"
+    )
+    runs = Counter(p.calls[0].run for p in layers if p.calls[0].path)
+    yield from those(
+        lambda p: runs[p.calls[0].run] > 1,
+        "{} share one run of a module (a cascade of heads, queries in chunks): each call is a layer",
+    )
+    yield from those(
+        lambda p: p.info.note == _SUBTRACTED,
+        "{} subtract two attentions: the heads of both are measured, their difference isn't",
+    )
     yield from those(
         lambda p: p.calls[0].shared,
         "{} ask the same queries in every window; a query's place is the token it writes to",

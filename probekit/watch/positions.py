@@ -126,11 +126,14 @@ def through_sliding_window(
         padding = (dy * (ky - 1) / 2, dx * (kx - 1) / 2) if padding == "same" else 0
     py, px = _pair(padding or 0)
     image, y, x = (t.select(1, 0) for t in where.rows)
-    height, width = y.shape[1:]
-    ys = _axis(y[:, :, width // 2], out.size(-2), ky, sy, py, dy)
-    xs = _axis(x[:, height // 2, :], out.size(-1), kx, sx, px, dx)
-    if ys is not None and xs is not None:
-        found = _on_grid(image, ys, xs, out.shape)
+    lines = _lines(y, x)
+    if lines is not None:
+        down, across, turned = lines
+        down = _axis(down, out.size(-2), ky, sy, py, dy)
+        across = _axis(across, out.size(-1), kx, sx, px, dx)
+        lines = (down, across, turned) if down is not None and across is not None else None
+    if lines is not None:
+        found = _on_grid(image, lines, out.shape)
         alone = _beside_padding(image, out.shape, ((ky, kx), (sy, sx), (py, px), (dy, dx)))
         if alone is None:
             return found
@@ -141,10 +144,33 @@ def through_sliding_window(
     return None
 
 
-def _on_grid(image: Tensor, ys: Tensor, xs: Tensor, shape: torch.Size) -> Where:
-    """Positions of (B, C, h, w) maps from rows' (B, h) and columns' (B, w) centres."""
-    parts = (_number(image), ys[:, None, :, None], xs[:, None, None, :])
-    return Where(tuple(t.expand(shape) for t in parts))
+def _lines(y: Tensor, x: Tensor) -> tuple[Tensor, Tensor, bool] | None:
+    """Centres down and across a map of places (B, h, w), and whether it is a transposed image's.
+
+    (B, h) rows' y and (B, w) columns' x; the other way round where y runs across the map. None where the
+    places aren't a grid: each of its rows has one y, each column one x.
+    """
+    height, width = y.shape[1:]
+    for turned, (a, b) in ((False, (y, x)), (True, (x, y))):
+        if _constant(a, 2) and _constant(b, 1):
+            return a[:, :, width // 2], b[:, height // 2, :], turned
+    return None
+
+
+def _constant(t: Tensor, dim: int) -> bool:
+    """Whether places are the same all along `dim`, as far as they are known."""
+    if t.size(dim) == 1 or t.stride(dim) == 0:
+        return True
+    unknown = ~t.isfinite()
+    spread = t.masked_fill(unknown, -math.inf).amax(dim) - t.masked_fill(unknown, math.inf).amin(dim)
+    return bool(spread.amax() < 0.02)
+
+
+def _on_grid(image: Tensor, lines: tuple[Tensor, Tensor, bool], shape: torch.Size) -> Where:
+    """Positions of (B, C, h, w) maps from the centres of `_lines`."""
+    down, across = lines[0][:, None, :, None], lines[1][:, None, None, :]
+    places = (across, down) if lines[2] else (down, across)
+    return Where(tuple(t.expand(shape) for t in (_number(image), *places)))
 
 
 def _number(image: Tensor) -> Tensor:
@@ -186,6 +212,8 @@ def through_call(
     if name in JOIN:
         return _join(func, first, args, kwargs, lookup, tracked)
     where = lookup(first) if isinstance(first, Tensor) else None
+    if where is not None and func is F.unfold:
+        return _unfolded(where, *args[1:], **kwargs)
     if where is not None and (name in REARRANGE or name == "__get__"):
         if name in CHOOSE and any(tracked(t) for t in tensors_in((*args[1:], *kwargs.values()))):
             return None  # chosen by what is in the image (token pruning): another image has other places
@@ -271,6 +299,18 @@ def _padded(where: Where, amounts: Sequence[int]) -> Where:
     return replace(where, rows=change(where.rows), keys=change(where.keys) if where.keys else None)
 
 
+def _unfolded(
+    where: Where, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1
+) -> Where | None:
+    """Positions behind F.unfold of (B, C, h, w), whose own padding would be the place (0, 0)."""
+    if len(where.shape) != 4:
+        return None
+    py, px = _pair(padding)
+    if py or px:
+        where = _padded(where, (px, px, py, py))
+    return where.map(lambda t: F.unfold(t, kernel_size, dilation, 0, stride))
+
+
 def _replay(func: Callable, where: Where, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     if getattr(func, "__name__", "") == "view":
         func = torch.Tensor.reshape  # positions are stride-0 views, which `view` may refuse
@@ -348,14 +388,17 @@ def _average(where: Where, name: str, args: Sequence[Any], kwargs: dict[str, Any
 def _resampled(where: Where, out: Tensor) -> Where | None:
     """Positions behind an interpolation of (B, C, h, w): pixel areas are rescaled."""
     image, y, x = (t.select(1, 0) for t in where.rows)
+    lines = _lines(y, x)
+    if lines is None:
+        return None
     axes = []
-    for centres, size in ((y[:, :, 0], out.size(-2)), (x[:, 0, :], out.size(-1))):
+    for centres, size in zip(lines[:2], out.shape[-2:], strict=True):
         found = _regular(centres)
         if found is None:
             return None
         ratio = centres.size(-1) / size
         axes.append(found[0] + found[1] * ((torch.arange(size, device=out.device) + 0.5) * ratio - 0.5))
-    return _on_grid(image, *axes, out.shape)
+    return _on_grid(image, (*axes, lines[2]), out.shape)
 
 
 def _assigned(args: Sequence[Any], where: Where | None, lookup: Callable) -> Where | None:

@@ -18,10 +18,14 @@ from probekit.watch.positions import Where
 
 @dataclass(frozen=True)
 class Node:
-    """One call whose result descends from the image. `ancestors` and `calls` are bit sets."""
+    """One call whose result descends from the image. `ancestors` and `calls` are bit sets.
+
+    base: the node of which it is a multiple by parameters alone; mostly its own number
+    """
 
     ancestors: int
     calls: int
+    base: int
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class Call:
     softmax: explicit only: ordinal of the softmax and its axes in the order (image, head, query, key), where
              the product's factor isn't row-stochastic itself
     shared:  queries are the same in every window; they are taken to stand where they write to
+    run:     which run of a module makes the call
+    values:  node of what is weighed; None where it isn't seen
+    over_channels: a query's features are of several places
     """
 
     kind: str
@@ -73,6 +80,9 @@ class Call:
     scores: ScoreProduct | None = None
     softmax: tuple[int, tuple[int, ...]] | None = None
     shared: bool = False
+    run: int = 0
+    values: int | None = None
+    over_channels: bool = False
     note: str = ""
 
 
@@ -116,6 +126,7 @@ class Record:
     cut:          modules whose result torch's calls don't connect with their input
     lost:         where the trail of positions ended: module -> call
     written:      storage addresses that were written to in place
+    subtracted:   nodes of the two operands of every subtraction
     output:       what the forward pass returned
     """
 
@@ -130,4 +141,5 @@ class Record:
     cut: list[str] = field(default_factory=list)
     lost: dict[str, str] = field(default_factory=dict)
     written: set[int] = field(default_factory=set)
+    subtracted: list[tuple[int, int]] = field(default_factory=list)
     output: Any = None

@@ -231,9 +231,8 @@ def _gaps(name: str, record: Record) -> dict[str, WatchError]:
         text = f"attention in '{path or name}' of '{name}' goes through {what}, which shows neither q nor k"
         found.setdefault(path, WatchError(text, hint=switch))
     for path in record.unnormalised:
-        text = (
-            f"'{path or name}' of '{name}' weighs tokens by scores that don't sum to 1: not softmax attention"
-        )
+        where = f"'{path or name}' of '{name}'"
+        text = f"{where} weighs tokens by rows that don't sum to 1 before the product with v"
         found.setdefault(path, WatchError(text, hint=leave))
     for path in record.unused:
         text = (
