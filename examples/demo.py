@@ -37,7 +37,9 @@ def main() -> int:
     for out, what in runs.items():
         if code := probekit(["run", *models, *what, "--out", str(out)]):
             return code
-    return max(probekit(["findings", str(out)]) for out in runs)
+    code = max(probekit(["findings", str(out)]) for out in runs)
+    print("\nreports:", *(out / "report.html" for out in runs))
+    return code
 
 
 if __name__ == "__main__":
