@@ -33,6 +33,7 @@ _PLACES = {
     "DatasetSpec": "specs",
     "ReportSpec": "specs",
     "CommandSpec": "specs",
+    "FindingSpec": "specs",
     "Option": "specs",
     "Weights": "specs",
     "Layout": "specs",

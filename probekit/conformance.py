@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,11 @@ from probekit.metric import Metric, Traces
 from probekit.store.results import write_result
 from probekit.testing import TinyViT, make_layer
 
+if TYPE_CHECKING:
+    from probekit.plugins.catalog import Catalog
 
-def check(metric: Metric | type[Metric]) -> None:
+
+def check(metric: Metric | type[Metric], catalog: Catalog | None = None) -> None:
     """See `probekit.testing.check_metric`."""
     found = _made(metric)
     name = getattr(found, "name", None) or type(found).__name__
@@ -30,7 +33,7 @@ def check(metric: Metric | type[Metric]) -> None:
         raise MetricError(f"metric '{name}': {wrong}")
     alone = not (found.source or found.requires or found.variations())
     if not alone:  # on made-up images of three classes, with all that a dataset can offer
-        made_up = _made_up(found)
+        made_up = _made_up(found, catalog)
         _check_summary(found, _guarded(f"metric '{name}'", "summarize", found.summarize, made_up))
     if found.source:
         return
@@ -175,12 +178,12 @@ def _check_summary(metric: Metric, result: Any) -> None:
         write_result(Path(folder) / f"{metric.name}.nc", result)
 
 
-def _made_up(metric: Metric) -> Traces:
+def _made_up(metric: Metric, catalog: Catalog | None) -> Traces:
     """Traces of a `TinyViT` on noise that is brighter for each of three classes."""
     from probekit.plugins.catalog import Catalog
     from probekit.watch import Watcher
 
-    catalog = Catalog.load()
+    catalog = catalog or Catalog.load()
     entry = catalog.metric(metric.source) if metric.source else None
     source = catalog.resolve_target(entry)(**entry.options) if entry else metric
     images = torch.randn(4, 3, 48, 48, generator=torch.Generator().manual_seed(2))

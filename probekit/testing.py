@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from probekit.errors import UsageError
 from probekit.layer import Layer, Scores
 from probekit.metric import Metric, Row
 from probekit.models.model import seeded
+
+if TYPE_CHECKING:
+    from probekit.plugins.catalog import Catalog
 
 __all__ = ["TinyViT", "check_metric", "make_layer"]
 
@@ -212,13 +215,15 @@ class TinyBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def check_metric(metric: Metric | type[Metric]) -> None:
+def check_metric(metric: Metric | type[Metric], catalog: Catalog | None = None) -> None:
     """Check that a metric keeps its contract. Raises `MetricError` with the first thing that is wrong.
 
     Its attributes; that `measure` returns what `dims` declares, finite, the same for an image whatever the
     others in its batch, on whole layers and on windows, and changes no tensor it was given; that `describe`
     and `summarize` work, and `probekit.probe` on a `TinyViT`.
+
+    catalog: where the metric is looked up that it draws on; by default what is installed
     """
     from probekit.conformance import check
 
-    check(metric)
+    check(metric, catalog)

@@ -175,7 +175,7 @@ def test_plugins_lists_offers_and_problems(good, tmp_path):
 def test_check_passes_and_runs_the_metric(good, monkeypatch):
     kit = ModuleType("probekit.testing")
     ran = []
-    kit.check_metric = ran.append
+    kit.check_metric = lambda metric, catalog: ran.append(metric)
     monkeypatch.setitem(sys.modules, "probekit.testing", kit)
     good.write_text(GOOD.replace('name="nmi"', 'name="entropy2"') + METRIC)
     with pytest.raises(PluginError, match="plugin 'good' fails 1 of 5 checks"):
@@ -215,6 +215,25 @@ def test_check_finds_what_is_wrong(tmp_path, change, says):
     result = runner.invoke(app, ["plugins", "check", str(file)])
     assert isinstance(result.exception, PluginError)
     assert any(line.startswith("fail") and says in line for line in result.stdout.splitlines()), result.stdout
+
+
+def test_check_of_a_file_knows_the_metric_that_another_of_it_draws_on(tmp_path):
+    (tmp_path / "pair.py").write_text(
+        "import xarray as xr\n"
+        "from probekit import Metric\n"
+        "from probekit.summaries import layer_coordinates, result_attributes\n"
+        "class Peak(Metric):\n"
+        "    name, needs, dims = 'peak', {'attention'}, {'peak': ('head',)}\n"
+        "    def measure(self, layer): return {'peak': layer.attention.amax(-1).mean(-1)}\n"
+        "class Drawn(Metric):\n"
+        "    name, source = 'drawn', 'peak'\n"
+        "    def summarize(self, traces):\n"
+        "        means = [float(traces['peak'][:, i].mean()) for i in range(len(traces.rows))]\n"
+        "        about = layer_coordinates(traces.rows), result_attributes(self, traces)\n"
+        "        return xr.Dataset({'drawn': ('layer', means)}, *about)\n"
+    )
+    said = run("plugins", "check", str(tmp_path / "pair.py"))
+    assert "ok    metric drawn: measures and summarises" in said
 
 
 def test_check_without_the_conformance_kit_says_so(good, monkeypatch):

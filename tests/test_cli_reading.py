@@ -237,11 +237,13 @@ def test_report_of_a_plugin(cli, tmp_path):
         "    return [ReportSpec(name='list', summary='names', target='mine:render', suffix='.txt'),\n"
         "            ReportSpec(name='broken', summary='breaks', target='mine:breaks'),\n"
         "            ReportSpec(name='leaves', summary='exits', target='mine:leaves'),\n"
-        "            ReportSpec(name='lazy', summary='writes nothing', target='mine:lazy')]\n"
+        "            ReportSpec(name='lazy', summary='writes nothing', target='mine:lazy'),\n"
+        "            ReportSpec(name='mute', summary='says nothing', target='mine:mute')]\n"
         "def render(run, path):\n    path.write_text(' '.join(run.models))\n    return path\n"
         "def breaks(run, path):\n    raise KeyError('x')\n"
         "def leaves(run, path):\n    raise SystemExit(0)\n"
         "def lazy(run, path):\n    return path\n"
+        "def mute(run, path):\n    pass\n"
     )
     run = make_run(tmp_path / "r", {"a": SMALL}, metrics=["nmi"])
     code, out, _ = cli("--plugin", plugin, "report", run.path, "--format", "list")
@@ -253,6 +255,8 @@ def test_report_of_a_plugin(cli, tmp_path):
     assert code == 3 and "report 'leaves' of 'mine' failed: SystemExit" in err
     code, _, err = cli("--plugin", plugin, "report", run.path, "--format", "lazy")
     assert code == 3 and "report 'lazy' of 'mine' says it wrote" in err
+    code, _, err = cli("--plugin", plugin, "report", run.path, "--format", "mute")
+    assert code == 3 and "report 'mute' of 'mine' returned a 'NoneType', not the path" in err
     code, _, err = cli("report", run.path, "--format", "htm")
     assert code == 2 and "did you mean 'html'?" in err
 

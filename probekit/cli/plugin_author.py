@@ -15,6 +15,7 @@ from typing import Any
 from probekit.errors import PluginError, UsageError
 from probekit.hookspecs import API
 from probekit.names import did_you_mean, quoted
+from probekit.plugins.catalog import Catalog
 from probekit.plugins.files import load_file
 from probekit.plugins.loading import (
     BUILT_IN,
@@ -131,13 +132,14 @@ def check_plugin(plugin: Plugin, loaded_torch: bool = False) -> list[Check]:
     if loaded_torch and not plugin.origin.endswith(".py"):
         detail = "listing it imports torch; import heavy things in the target's module"
         checks.append(Check("warn", "loads", detail))
+    catalog = Catalog.load([plugin.origin] if plugin.origin.endswith(".py") else [])
     for kind in KINDS:
         for spec in plugin.specs[kind]:
-            checks += _check_spec(plugin, kind[:-1], spec)
+            checks += _check_spec(catalog, kind[:-1], spec)
     return checks
 
 
-def _check_spec(plugin: Plugin, what: str, spec: Spec) -> Iterator[Check]:
+def _check_spec(catalog: Catalog, what: str, spec: Spec) -> Iterator[Check]:
     name = f"{what} {full_name(spec)}"
     for key, option in spec.options.items():
         if not key.isidentifier() or not key.isascii():
@@ -154,14 +156,14 @@ def _check_spec(plugin: Plugin, what: str, spec: Spec) -> Iterator[Check]:
             yield Check("fail", name, error.message)
             continue
         if isinstance(spec, MetricSpec):
-            yield from _check_metric(name, spec, value)
+            yield from _check_metric(name, spec, value, catalog)
         elif callable(value) or what == "finding":
             yield Check("ok", name, target)
         else:
             yield Check("fail", name, f"{quoted(target)} is {type(value).__name__}, which can't be called")
 
 
-def _check_metric(name: str, spec: MetricSpec, cls: Any) -> Iterator[Check]:
+def _check_metric(name: str, spec: MetricSpec, cls: Any, catalog: Catalog) -> Iterator[Check]:
     wrong = list(_wrong_attributes(spec, cls))
     if wrong:
         yield from (Check("fail", name, text) for text in wrong)
@@ -175,7 +177,7 @@ def _check_metric(name: str, spec: MetricSpec, cls: Any) -> Iterator[Check]:
     with contained(failures.append, f"run {name}"):
         from probekit.testing import check_metric
 
-        check_metric(cls)
+        check_metric(cls, catalog)
     if not failures:
         yield Check("ok", name, "measures and summarises")
     elif isinstance(failures[0], ImportError) and failures[0].name == "probekit.testing":

@@ -345,7 +345,10 @@ def report_command(
     path = run.path / name if out is None else out / name if out.is_dir() else out
     who = f"report {quoted(kind)} of {quoted(entry.owner)}"
     with json_alone(as_json), blamed(who):
-        written = Path(render(run, path))
+        returned = render(run, path)
+    if not isinstance(returned, (str, Path)):
+        raise PluginError(f"{who} returned a {type(returned).__name__!r}, not the path of what it wrote")
+    written = Path(returned)
     if not written.exists():
         raise PluginError(f"{who} says it wrote {quoted(written)}, which does not exist")
     if as_json:
