@@ -38,7 +38,7 @@ TWO = ["--set", f"views=[{STILL}, {STILL}]"]
 
 
 def command(objective: str, out: Path, *more: str, images: str = "64") -> list[str]:
-    extra = [*HEADS, *COARSE] if objective == "moco" else []
+    extra = [*HEADS, *COARSE, "--set", "rounds=1"] if objective == "moco" else []
     extra += ["--set", "mask_unit=8"] if objective == "simmim" else []
     extra += ["--set", "decoder_width=16"] if objective == "mae" else []
     data = f"tiny-pictures:{images}"
