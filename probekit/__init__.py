@@ -33,7 +33,6 @@ _PLACES = {
     "DatasetSpec": "specs",
     "ReportSpec": "specs",
     "CommandSpec": "specs",
-    "FindingSpec": "specs",
     "Option": "specs",
     "Weights": "specs",
     "Layout": "specs",
