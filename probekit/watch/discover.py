@@ -74,7 +74,7 @@ def tensors_of(value: Any) -> Iterator[Tensor]:
 
 @contextmanager
 def _names(module: nn.Module, mode: Discovery, ran: dict[str, nn.Module]) -> Iterator[None]:
-    """Keeps `mode.path` the stack of running modules' names."""
+    """Tells `mode` which modules run."""
     handles = []
 
     def entering(name: str, m: nn.Module) -> Callable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from probekit.watch import positions
 from probekit.watch.attention_calls import bind_mha, fused_arguments, mha_arguments
 from probekit.watch.contraction import CONTRACT, Contraction, contraction, through_contraction
-from probekit.watch.geometry import Lead, first_image, lead_layout, varies
+from probekit.watch.geometry import Lead, first_image, lead_layout
+from probekit.watch.maps import is_mix, map_axes, moves, row_stochastic, sampled
 from probekit.watch.positions import Where, nowhere, tensors_in
 from probekit.watch.record import Add, Call, Node, Record, ScoreProduct
 
@@ -48,13 +50,6 @@ _SCALED = frozenset(("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__
 
 _SUBTRACTED = frozenset(("sub", "sub_", "subtract", "__sub__", "__isub__"))
 
-_MIXED = {torch.float32: 1e-2, torch.float64: 1e-2}
-"""How much of a factor's spread a mix of the softmax's heads may leave unexplained; 5e-2 in lower precision.
-Rounding of float32 leaves 1e-4 of it where attention is all but uniform."""
-
-_SAMPLE = (2, 32)
-"""Images (or windows) and queries of a softmax that are kept to compare with what the model makes of it."""
-
 _SILENT_QUESTIONS = frozenset({"size", "dim", "__len__", "is_floating_point", "numel"})
 
 
@@ -66,7 +61,7 @@ class _Softmax:
     axes:   its axes in the order (image, head, query, key), normalised along the last; None where they
             aren't these four
     turned: its scores were made as k q^T
-    sample: some rows of it, as `_sampled` cuts them
+    sample: some rows of it, as `sampled` cuts them
     """
 
     ordinal: int
@@ -80,7 +75,7 @@ class _Softmax:
     @property
     def of_tokens(self) -> bool:
         axes = range(len(self.where.shape))
-        return all(any(_moves(c, a) for a in axes) for c in (self.where.rows, self.where.keys))
+        return all(any(moves(c, a) for a in axes) for c in (self.where.rows, self.where.keys))
 
 
 class Discovery(TorchFunctionMode):
@@ -89,9 +84,8 @@ class Discovery(TorchFunctionMode):
     def __init__(self, images: Tensor):
         super().__init__()
         self.record = Record()
-        self.path: list[str] = []
-        self._runs: list[int] = []
-        self._run_count = 0
+        self._running: list[tuple[str, int]] = []  # modules by name, and which run of a module it is
+        self._runs = itertools.count(1)
         self._nodes: Any = WeakTensorKeyDictionary()
         self._where: Any = WeakTensorKeyDictionary()
         self._products: dict[int, tuple[int, Contraction, Where, Where]] = {}
@@ -101,14 +95,11 @@ class Discovery(TorchFunctionMode):
 
     def enter(self, path: str) -> None:
         """A module starts to run."""
-        self._run_count += 1
-        self.path.append(path)
-        self._runs.append(self._run_count)
+        self._running.append((path, next(self._runs)))
 
     def leave(self) -> str:
         """The running module ends; its path."""
-        self._runs.pop()
-        return self.path.pop()
+        return self._running.pop()[0]
 
     def _new_node(self, parents: Sequence[int], calls: int, base: int | None = None) -> int:
         number = len(self.record.nodes)
@@ -126,7 +117,7 @@ class Discovery(TorchFunctionMode):
     @property
     def here(self) -> str:
         """The running module."""
-        return self.path[-1] if self.path else ""
+        return self._running[-1][0] if self._running else ""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -224,7 +215,7 @@ class Discovery(TorchFunctionMode):
             where = self._where.get(t)
             if where is not None and where.keys is not None and len(form.summed) == 1:
                 axis = letters.index(form.summed)
-                if _moves(where.rows, axis) and not _moves(where.keys, axis):
+                if moves(where.rows, axis) and not moves(where.keys, axis):
                     where = replace(where, rows=where.keys, keys=where.rows, turned=True)
             found.append(where)
         return found[0], found[1]
@@ -235,14 +226,14 @@ class Discovery(TorchFunctionMode):
             return
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         if where.keys is None:
-            if not isinstance(dim, int) or not _moves(where.rows, dim):
+            if not isinstance(dim, int) or not moves(where.rows, dim):
                 return
             where = Where(nowhere(out), where.rows, node)  # learned queries: places of the keys alone
             self._where[out] = where
         turned, axes = False, None
         if isinstance(dim, int):
-            turned = _moves(where.rows, dim) and not _moves(where.keys, dim)
-            axes = _map_axes(replace(where, rows=where.keys, keys=where.rows) if turned else where)
+            turned = moves(where.rows, dim) and not moves(where.keys, dim)
+            axes = map_axes(replace(where, rows=where.keys, keys=where.rows) if turned else where)
             axes = axes if axes is not None and axes[-1] == dim % out.dim() else None
         maps = out.permute(axes) if axes is not None else None
         self._softmaxes[node] = _Softmax(
@@ -252,7 +243,7 @@ class Discovery(TorchFunctionMode):
             axes,
             turned,
             tuple(maps.shape) if maps is not None else (),
-            _sampled(maps) if maps is not None else None,
+            sampled(maps) if maps is not None else None,
         )
 
     # ------------------------------------------------------------------ attention
@@ -288,7 +279,7 @@ class Discovery(TorchFunctionMode):
             lead,
             allowed,
             shared=shared,
-            run=self._runs[-1] if self._runs else 0,
+            run=self._running[-1][1] if self._running else 0,
             **more,
         )
         self.record.calls.append(call)
@@ -329,7 +320,7 @@ class Discovery(TorchFunctionMode):
     def _features_move(self, query: Tensor) -> bool:
         """Whether the features of a query are of several places: then it is a channel, and no token."""
         where = self._where.get(query)
-        return where is not None and _moves(where.rows, -1)
+        return where is not None and moves(where.rows, -1)
 
     def _mha(self, ordinal, args, kwargs) -> Call:
         bound = bind_mha(args, kwargs)
@@ -365,7 +356,7 @@ class Discovery(TorchFunctionMode):
         order = tuple(letters.index(c) for c in (*form.shared, queries, form.summed))
         maps = factor.permute(order)
         softmax, note = None, ""
-        if not _row_stochastic(maps):
+        if not row_stochastic(maps):
             found = self._softmax_behind(factor, where, order)
             if found is None:
                 self.record.unnormalised.append(self.here)
@@ -385,7 +376,7 @@ class Discovery(TorchFunctionMode):
             map_first=first,
             map_node=self._nodes[factor],
             values=self._nodes.get(form.b if first else form.a),
-            over_channels=any(_moves(asking.rows, axis) for axis in summed),
+            over_channels=any(moves(asking.rows, axis) for axis in summed),
             scores=self._score_product(where),
             softmax=softmax,
             note=note,
@@ -423,7 +414,7 @@ class Discovery(TorchFunctionMode):
             for n, s in self._softmaxes.items()
             if nodes[node].ancestors >> n & nodes[n].ancestors >> where.scores & 1
         ]
-        axes = _map_axes(where)
+        axes = map_axes(where)
         if len(found) != 1 or axes is None or axes[2:] != tuple(order[-2:]):
             return None
         softmax, maps = found[0], factor.permute(axes)
@@ -432,7 +423,7 @@ class Discovery(TorchFunctionMode):
             return None
         if (softmax.sizes[0], *softmax.sizes[2:]) != (images, queries, keys):
             return None
-        if not _is_mix(_sampled(maps), softmax.sample):
+        if not is_mix(sampled(maps), softmax.sample):
             return None
         return softmax.ordinal, softmax.axes
 
@@ -475,11 +466,6 @@ def _memory(tensor: Tensor) -> int:
         return id(tensor)
 
 
-def _moves(channel: tuple[Tensor, ...], axis: int) -> bool:
-    """Whether places (y or x) differ along an axis."""
-    return varies(channel[1], axis) or varies(channel[2], axis)
-
-
 def _same_in_every_window(lead: Lead, channel: tuple[Tensor, ...]) -> bool:
     places = first_image(lead, channel)
     return bool(((places == places[:1]) | (places != places)).all())
@@ -490,47 +476,3 @@ def _spread(t: Tensor, letters: str, out: str, shape: torch.Size) -> Tensor:
     kept = [letters.index(c) for c in out if c in letters]
     index = tuple(slice(None) if c in letters else None for c in out)
     return t.permute(kept)[index].expand(shape)
-
-
-def _map_axes(where: Where) -> tuple[int, ...] | None:
-    """Axes of a map in the order (image, head, query, key); None where it has others, or lacks one."""
-    axes = range(len(where.shape))
-    query = [i for i in axes if _moves(where.rows, i)]
-    key = [i for i in axes if _moves(where.keys, i)]
-    image = [i for i in axes if varies(where.rows[0], i)]
-    head = [i for i in axes if i not in (*query, *key, *image)]
-    if any(len(found) != 1 for found in (query, key, image, head)):
-        return None
-    return (*image, *head, *query, *key)
-
-
-def _sampled(maps: Tensor) -> Tensor:
-    """A copy of some rows of (image, head, query, key), evenly spread over images and queries."""
-    for axis, most in zip((0, 2), _SAMPLE, strict=True):
-        n = maps.size(axis)
-        maps = maps.index_select(axis, torch.linspace(0, n - 1, min(n, most), device=maps.device).long())
-    return maps
-
-
-def _is_mix(maps: Tensor, heads: Tensor) -> bool:
-    """Whether each head of `maps` is one weighted sum of `heads`, plus a constant, at every pair."""
-    y, x = (t.movedim(1, -1).flatten(0, -2).cpu().double() for t in (maps, heads))
-    x, y = x - x.mean(0), y - y.mean(0)
-    if len(x) <= 2 * x.size(1) or not bool(x.isfinite().all() & y.isfinite().all()):
-        return False  # any factor would fit, or none
-    left = y - x @ torch.linalg.lstsq(x, y, driver="gelsd").solution
-    return bool((left.norm(dim=0) <= _MIXED.get(maps.dtype, 5e-2) * y.norm(dim=0) + 1e-6).all())
-
-
-def row_tolerance(maps: Tensor) -> float:
-    """How far from 1 rows of probabilities may sum to, by their precision."""
-    return 2e-2 if maps.dtype in (torch.float16, torch.bfloat16) else 1e-3
-
-
-def _row_stochastic(maps: Tensor) -> bool:
-    if not maps.is_floating_point():
-        return False
-    total = maps.sum(-1, dtype=torch.float32)
-    if bool(total.isnan().any()):
-        return True  # nobody knows; the run says that attention is NaN
-    return bool((maps.amin() > -1e-5) & ((total - 1).abs().amax() < row_tolerance(maps)))

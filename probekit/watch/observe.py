@@ -18,7 +18,8 @@ from probekit.metric import Row
 from probekit.watch.attention_calls import bind_mha, fused_arguments, mha_arguments, mha_output
 from probekit.watch.contraction import Contraction, contraction
 from probekit.watch.geometry import Lead
-from probekit.watch.lineage import KINDS, row_tolerance
+from probekit.watch.lineage import KINDS
+from probekit.watch.maps import row_tolerance
 from probekit.watch.plan import LayerPlan, Plan, Tap
 from probekit.watch.record import Call
 
