@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from probekit.anatomy import Anatomy
 from probekit.datasets import images as image_loading
-from probekit.datasets.dataset import BadImage, Dataset, fingerprint_of, select
+from probekit.datasets.dataset import BadImage, Dataset, fingerprint_of, renumbered, select
 from probekit.engine import numerics, within_memory
 from probekit.errors import DataError, DoesNotApply, PluginError, WatchError
 from probekit.events import Event, Listener
@@ -232,13 +232,7 @@ class Live:
     @cached_property
     def _trainable(self) -> dict[int, int]:
         """Label of each train image, in the numbering of the measured dataset, where it has that class."""
-        train, classes = self.train, self.measured.classes
-        if classes is None or train.classes is None:
-            same = dict(enumerate(train.labels)) if classes is train.classes else {}
-            return {i: int(label) for i, label in same.items()}
-        numbers = [self.measured.class_of(name) for name in train.classes]
-        found = ((i, numbers[label]) for i, label in enumerate(train.labels))
-        return {i: number for i, number in found if number is not None}
+        return renumbered(self.train, self.measured)
 
     @contextmanager
     def active(self) -> Iterator[None]:

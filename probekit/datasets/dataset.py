@@ -223,6 +223,19 @@ def image_of(dataset: Dataset, index: int) -> Image.Image:
     return image
 
 
+def renumbered(other: Dataset, dataset: Dataset) -> dict[int, int]:
+    """The labels of another dataset's images in the numbering of `dataset`, where it has that class.
+
+    By the classes' names (`Dataset.class_of`); of two datasets without any, the numbers as they are.
+    """
+    if dataset.classes is None or other.classes is None:
+        same = dict(enumerate(other.labels)) if dataset.classes is other.classes else {}
+        return {i: int(label) for i, label in same.items()}
+    numbers = [dataset.class_of(name) for name in other.classes]
+    found = ((i, numbers[label]) for i, label in enumerate(other.labels))
+    return {i: number for i, number in found if number is not None}
+
+
 def fingerprint_of(dataset: Dataset, indices: Sequence[int]) -> str:
     """``dataset.fingerprint(indices)``. Raises `PluginError` for an answer that would be the same whatever
     became of the images."""

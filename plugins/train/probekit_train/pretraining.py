@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from probekit.datasets.dataset import Dataset
+from probekit.datasets.dataset import Dataset, renumbered
 from probekit.errors import DataError, ProbekitError, UsageError
 from probekit.plugins.loading import describe
 from probekit.specs import Preprocessing
@@ -252,17 +252,12 @@ def comparable(held_out: Dataset, trained_on: Dataset) -> Dataset:
     """
     if held_out.labels is None:
         raise DataError("they have no labels")
-    names = held_out.classes
-    if names is None or trained_on.classes is None:  # numbers alone mean the same in both or nothing
-        same = names is trained_on.classes
-        known = set(trained_on.labels) if same else set()
-        numbers = {label: label for label in known}
-    elif list(names) == list(trained_on.classes):
-        numbers = {number: number for number in range(len(names))}
-    else:
-        numbers = {number: trained_on.class_of(name) for number, name in enumerate(names)}
-    labels = {index: numbers.get(label) for index, label in enumerate(held_out.labels)}
-    labels = {index: number for index, number in labels.items() if number is not None}
+    labels = renumbered(held_out, trained_on)
+    if trained_on.classes is None:  # numbers alone: those it never saw are no classes of it
+        known = set(trained_on.labels)
+        labels = {index: number for index, number in labels.items() if number in known}
+    elif held_out.classes is not None and list(held_out.classes) == list(trained_on.classes):
+        labels = dict(enumerate(held_out.labels))  # also where names differ in capitals alone
     if not labels:
         raise DataError("none is of a class that was trained on")
     return _Chosen(held_out, list(labels), list(labels.values()))
