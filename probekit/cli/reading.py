@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -210,7 +210,8 @@ def show_command(
         return
     drawn, troubles = charts(run, **chosen)
     if as_json:
-        found = [_chart_json(chart, run) for chart in drawn]
+        untrained = {model for model in run.models if run.untrained(model)}
+        found = [_chart_json(chart, untrained) for chart in drawn]
         print_json({"folder": str(folder), "metrics": found, "problems": [asdict(t) for t in troubles]})
         return
     if metric is None:
@@ -287,14 +288,14 @@ def _point_text(point: Point | None) -> str:
     return interval(point.mean, point.low, point.high) + spread
 
 
-def _chart_json(chart: Chart, run: Run) -> dict[str, Any]:
+def _chart_json(chart: Chart, untrained: Collection[str]) -> dict[str, Any]:
     panels = []
     for panel in chart.panels:
         curves = [
             {
                 "model": c.model,
                 "images": c.images,
-                "untrained": run.untrained(c.model),
+                "untrained": c.model in untrained,
                 "rows": [asdict(p) for p in c.points],
             }
             for c in panel.curves

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -183,7 +183,7 @@ def _grouped(singles: Sequence[Subject], groups: Iterable[Sequence[str]]) -> lis
     by_model = {single.name: single for single in singles}
     taken: dict[str, Subject] = {}
     for group in groups:
-        members = list(dict.fromkeys(m for name in group for m in _members(name, list(by_model))))
+        members = list(dict.fromkeys(m for name in group for m in _members(name, by_model)))
         if len(members) < 2:
             raise UsageError(
                 f"{quoted(','.join(group))} is one model of the run: a group takes several trainings",
@@ -214,11 +214,11 @@ def _grouped(singles: Sequence[Subject], groups: Iterable[Sequence[str]]) -> lis
     return list(dict.fromkeys(taken.get(single.name, single) for single in singles))
 
 
-def _members(name: str, models: Sequence[str]) -> list[str]:
+def _members(name: str, models: Mapping[str, Subject]) -> list[str]:
     if name in models:
         return [name]
     near = [m for m in models if _family(m) == name or _family(m).partition(":")[0] == name]
-    trained = [m for m in near if not m.endswith("@random")]
+    trained = [m for m in near if not models[m].untrained]
     if not near:
         raise UsageError(f"the run has no model {quoted(name)}", hint=f"it has {_listed(models)}")
     return trained or near

@@ -123,14 +123,16 @@ class Run:
 
     def untrained(self, model: str) -> bool:
         """Whether a model's weights are random ones, or its pack says that nothing has trained them."""
-        return model.endswith("@random") or any(self._declared_untrained(model, d) for d in self.datasets)
-
-    def _declared_untrained(self, model: str, dataset: str) -> bool:
-        try:
-            about = self.about(model, dataset)
-        except StoreError:  # whoever asks for its numbers hears what is wrong
-            return False
-        return about.get("objective") == "untrained" or weights_of(about).get("kind") == "random"
+        if model.endswith("@random"):
+            return True
+        for dataset in self.datasets:
+            try:
+                about = self.about(model, dataset)
+            except StoreError:  # whoever asks for its numbers hears what is wrong
+                continue
+            if about:  # every cell of a model has the same weights
+                return about.get("objective") == "untrained" or weights_of(about).get("kind") == "random"
+        return False
 
     def trace_folders(self) -> Iterator[tuple[str, str, Path]]:
         """(model, dataset, folder) of every trace that has begun."""
