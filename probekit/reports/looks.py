@@ -37,8 +37,13 @@ _PROPERTIES = {
     HAIRLINE: "--hairline",
     SURFACE: "--surface",
 }
-_DASHES = {"solid": (), "untrained": (5.0, 3.0), "baseline": (2.0, 2.5), "second": (9.0, 2.0, 2.0, 2.0)}
-_DASHES["third"] = (9.0, 2.0, 2.0, 2.0, 2.0, 2.0)
+_DASHES = {
+    "solid": (),
+    "second": (9.0, 2.0, 2.0, 2.0),
+    "third": (9.0, 2.0, 2.0, 2.0, 2.0, 2.0),
+    "untrained": (5.0, 3.0),
+    "baseline": (2.0, 2.5),
+}
 _TURNS = ("solid", "second", "third")
 """Of trained models: another for each time the colours are through."""
 
